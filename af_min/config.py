@@ -1,0 +1,153 @@
+"""Step 0 of the walk: every number of the system, in one place. Next: audio.py.
+
+One frozen dataclass a part. A preset is one instance of `Config`: `tiny` trains on two CPU cores in minutes, `af1`
+has the paper's dimensions (arXiv 2402.01831, section 3; 2.2 B parameters). Presets differ in numbers, never in code
+path. Settings that the paper's architecture does not have say so, give their reason, and are off in `af1`.
+
+The shape legend of the whole project, used as a suffix (`x_BTD`) or in a comment:
+
+    B  batch (samples)      N  audios of a sample        W  windows of an audio       S  audio samples of a window
+    T  text tokens          L  audio tokens of a sample (all its audios, packed)      V  vocabulary
+    D  width                H  attention heads           K  width of one head         M  mel bins    F  frames
+"""
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class AudioConfig:
+    """Waveform -> windows -> log-mel (paper section 3.1: 7 s windows, 75 % overlap, at most 16 of them)."""
+    sample_rate: int = 44_100        # Hz
+    window: float = 7.0              # seconds of one window
+    hop: float = 1.75                # seconds from one window to the next
+    max_windows: int = 16            # 7 + 15 * 1.75 = 33.25 s; what lies beyond is cut, with a warning
+    n_fft: int = 1024                # samples of one STFT frame
+    stft_hop: int = 320              # samples from one STFT frame to the next
+    n_mels: int = 64
+    fmin: float = 50.0               # Hz
+    fmax: float = 14_000.0           # Hz
+    mel_sample_rate: int = 32_000    # Hz that the mel matrix is computed for: ClapCap feeds a 32 kHz matrix 44.1 kHz audio
+
+    @property
+    def window_samples(self) -> int:
+        return round(self.window * self.sample_rate)
+
+    @property
+    def hop_samples(self) -> int:
+        return round(self.hop * self.sample_rate)
+
+    @property
+    def max_seconds(self) -> float:
+        return self.window + (self.max_windows - 1) * self.hop
+
+
+@dataclass(frozen=True)
+class ClapConfig:
+    """Window encoder (HTSAT, the audio tower of ClapCap) and, for `train.py --stage clap`, its text tower."""
+    image_size: int = 256            # the (frames x mels) log-mel is folded into a square image of this side
+    patch: int = 4                   # image pixels a patch
+    width: int = 96                  # channels of the first stage; doubles with every stage
+    depths: tuple[int, ...] = (2, 2, 6, 2)
+    heads: tuple[int, ...] = (4, 8, 16, 32)
+    attention_window: int = 8        # patches on a side of a Swin window
+    out_width: int = 1024            # width of a window embedding
+    text_width: int = 768            # text tower (ours: a small causal-free transformer; published weights do not need it)
+    text_layers: int = 2
+    text_heads: int = 8
+
+
+@dataclass(frozen=True)
+class RepresentationConfig:
+    """Audio representation transformation layers (paper section 3.1: 3 layers, 8 heads, inner width 2048)."""
+    layers: int = 3
+    heads: int = 8
+    inner: int = 2048
+    max_audios: int = 8              # size of the position table: max_audios * max_windows rows
+    attend_padding: bool = False     # True = the published model: one sequence of all slots, padding and later audios included
+
+
+@dataclass(frozen=True)
+class XattnConfig:
+    """Gated cross-attention dense blocks (paper section 3.2; Flamingo, arXiv 2204.14198, section 2.4)."""
+    heads: int = 8
+    head_dim: int = 64
+    ff_mult: int = 4
+    every: int = 1                   # a block before every n-th LM layer
+    gate_init: float = 0.0           # both gates start at tanh(gate_init); 0 leaves the LM unchanged
+    audio_index: bool = False        # not in the paper: see xattn.py
+
+
+@dataclass(frozen=True)
+class LMConfig:
+    """Decoder-only LM. The OPT family and the Llama / Qwen2 family are the same class under different settings."""
+    vocab_size: int = 50_268
+    width: int = 2048
+    layers: int = 24
+    heads: int = 32
+    kv_heads: int = 32               # < heads: grouped-query attention
+    head_dim: int = 64
+    inner: int = 8192                # feed-forward width
+    max_positions: int = 2048
+    positions: str = "learned"       # learned (OPT: table with an offset of 2) | rope (Llama)
+    rope_theta: float = 10_000.0
+    norm: str = "layer"              # layer (OPT) | rms (Llama)
+    norm_eps: float = 1e-5
+    mlp: str = "relu"                # relu (OPT) | swiglu (Llama)
+    qkv_bias: bool = True            # OPT and Qwen2: True; Llama: False
+    bias: bool = True                # of every other linear layer. OPT: True; Llama family: False
+    tied_head: bool = True           # the published Audio Flamingo checkpoints untie it
+    dropout: float = 0.0             # active in training mode only
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole model; saved as config.json in every run folder."""
+    audio: AudioConfig = field(default_factory=AudioConfig)
+    clap: ClapConfig = field(default_factory=ClapConfig)
+    representation: RepresentationConfig = field(default_factory=RepresentationConfig)
+    xattn: XattnConfig = field(default_factory=XattnConfig)
+    lm: LMConfig = field(default_factory=LMConfig)
+    pool_windows: bool = False       # ablation: one mean vector an audio instead of its windows (what the paper improves on)
+
+
+AF1 = Config()
+
+TINY = Config(
+    audio=AudioConfig(sample_rate=16_000, window=0.8, hop=0.2, max_windows=24, n_fft=512, stft_hop=128, n_mels=32,
+                      fmin=50.0, fmax=8_000.0, mel_sample_rate=16_000),
+    clap=ClapConfig(image_size=64, patch=4, width=32, depths=(1, 2, 1), heads=(2, 4, 8), attention_window=4, out_width=128,
+                    text_width=128, text_layers=2, text_heads=4),
+    representation=RepresentationConfig(layers=2, heads=4, inner=256, max_audios=16),
+    xattn=XattnConfig(heads=4, head_dim=32, ff_mult=4, gate_init=0.5, audio_index=True),
+    lm=LMConfig(vocab_size=512, width=128, layers=4, heads=4, kv_heads=4, head_dim=32, inner=512, max_positions=512,
+                positions="rope"),
+)
+
+PRESETS = {"tiny": TINY, "af1": AF1}
+
+
+def to_dict(config) -> dict:
+    return dataclasses.asdict(config)
+
+
+def from_dict(cls, values: dict, where: str = "config.json"):
+    """The inverse of `to_dict`, nested dataclasses included. ValueError names a key that `cls` does not have."""
+    known = {f.name: f for f in dataclasses.fields(cls)}
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise ValueError(f"{where}: unknown setting {unknown[0]!r}; {cls.__name__} has {', '.join(known)}")
+    made = {}
+    for name, value in values.items():
+        default = known[name].default_factory if known[name].default is dataclasses.MISSING else None
+        if dataclasses.is_dataclass(default):
+            value = from_dict(default, value, f"{where}: {name}")
+        made[name] = tuple(value) if isinstance(value, list) else value
+    return cls(**made)
+
+
+def load(path: Path) -> Config:
+    return from_dict(Config, json.loads(Path(path).read_text())["model"], str(path))
