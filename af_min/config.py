@@ -17,6 +17,8 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from .cli import UserError
+
 
 @dataclass(frozen=True)
 class AudioConfig:
@@ -135,11 +137,11 @@ def to_dict(config) -> dict:
 
 
 def from_dict(cls, values: dict, where: str = "config.json"):
-    """The inverse of `to_dict`, nested dataclasses included. ValueError names a key that `cls` does not have."""
+    """The inverse of `to_dict`, nested dataclasses included. UserError names a key that `cls` does not have."""
     known = {f.name: f for f in dataclasses.fields(cls)}
     unknown = sorted(set(values) - set(known))
     if unknown:
-        raise ValueError(f"{where}: unknown setting {unknown[0]!r}; {cls.__name__} has {', '.join(known)}")
+        raise UserError(f"{where}: unknown setting {unknown[0]!r}; {cls.__name__} has {', '.join(known)}")
     made = {}
     for name, value in values.items():
         default = known[name].default_factory if known[name].default is dataclasses.MISSING else None

@@ -1,0 +1,56 @@
+"""Command lines from dataclasses: each field is a flag with its type, default and help; a mistake is one line, exit code 2."""
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+import typing
+from dataclasses import MISSING
+
+
+class UserError(ValueError):
+    """A mistake in what a user gave (path, file, flag, row). Its text names it and says how to mend it."""
+
+
+def flag(default, help: str, choices: tuple | None = None, **kind):
+    """A dataclass field that is also a command-line flag. `kind`: extra argparse keywords, such as nargs=2 or action="append"."""
+    metadata = {"help": help, "choices": choices, **kind}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def parse(cls, argv: list[str] | None = None, description: str | None = None):
+    """An instance of the dataclass `cls` from the command line; `--some-field value`, bools as `--some-field / --no-some-field`."""
+    parser = argparse.ArgumentParser(description=description or cls.__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    types = typing.get_type_hints(cls)
+    for f in dataclasses.fields(cls):
+        keywords = {k: v for k, v in f.metadata.items() if v is not None}
+        default = f.default if f.default is not MISSING else f.default_factory()
+        if types[f.name] is bool:
+            keywords["action"] = argparse.BooleanOptionalAction
+        elif "type" not in keywords:
+            inner = [t for t in typing.get_args(types[f.name]) if t is not type(None)]
+            keywords["type"] = inner[0] if inner and inner[0] in (str, int, float) else \
+                types[f.name] if types[f.name] in (str, int, float) else str
+        if default not in (None, "", []) and keywords.get("help"):
+            keywords["help"] += f" (default: {default})"
+        parser.add_argument("--" + f.name.replace("_", "-"), default=default, **keywords)
+    return cls(**vars(parser.parse_args(argv)))
+
+
+def run(main) -> None:
+    """Call `main()`; a UserError becomes one line and exit code 2, Ctrl-C exit code 130, a closed pipe silence."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
