@@ -1,0 +1,243 @@
+"""Step 5 of the walk: the decoder-only language model. Reads token ids; gives hidden states and logits. Next: flamingo.py.
+
+An Audio Flamingo is a language model that was taught to listen: this file is the part that only reads. One class serves
+two published families, told apart by `LMConfig` alone (OPT: arXiv 2205.01068; Llama: 2302.13971; Qwen2: 2407.10671):
+
+                 OPT                                       Llama, Qwen2
+    position     table row added to the embedding          q and k rotated by an angle that grows with the position
+    norm         LayerNorm                                 RMSNorm:  x / sqrt(mean(x^2) + eps) * w
+    MLP          W2 relu(W1 x)                             W2 (silu(Wg x) * W1 x)
+    heads        one key a query head                      several query heads may share a key (grouped-query attention)
+
+Either way a layer is   x <- x + attention(norm(x));   x <- x + mlp(norm(x)),   and
+attention = softmax(q k^T / sqrt(K), over earlier valid tokens) v.  The gated cross-attention blocks, which let the text
+look at the audio, are not known here: `forward` offers the place before each layer to whoever calls (`before_layer`).
+
+The legend is config.py's, and here also:   C  tokens so far, cached and new      G  key/value heads
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from .config import LMConfig
+
+POSITION_OFFSET = 2      # OPT's table starts with two rows that no token uses: 0, and 1 for padding
+
+
+@dataclass
+class KVCache:
+    """The keys and values of the tokens read so far, so that the next token costs one column instead of the whole text.
+
+    It belongs to the caller and is an argument of `LM.forward`, which writes the new tokens behind the old ones and
+    advances `length` once, after the last layer. Setting `length` back forgets the tokens behind it.
+    """
+    k: list[Tensor]                  # a layer: (B, G, max_length, K)
+    v: list[Tensor]
+    mask_BT: Tensor                  # (B, max_length) bool: False where the token is padding
+    length: int = 0                  # tokens held, padding included
+    padded: bool = False             # some token may be padding; otherwise no mask has to be built
+
+    @property
+    def max_length(self) -> int:
+        return self.mask_BT.shape[1]
+
+    def select(self, rows: Tensor) -> "KVCache":
+        """A copy made of the given rows (int64), each as often as it is named: several answers go on from one prompt."""
+        return KVCache([k[rows] for k in self.k], [v[rows] for v in self.v], self.mask_BT[rows], self.length, self.padded)
+
+    def append(self, layer: int, k_BGTK: Tensor, v_BGTK: Tensor) -> tuple[Tensor, Tensor]:
+        """Write one layer's new keys and values behind `length` -> all of that layer's so far, (B, G, C, K) each."""
+        end = self.length + k_BGTK.shape[2]
+        self.k[layer][:, :, self.length:end] = k_BGTK
+        self.v[layer][:, :, self.length:end] = v_BGTK
+        return self.k[layer][:, :, :end].to(k_BGTK.dtype), self.v[layer][:, :, :end].to(v_BGTK.dtype)
+
+
+def rotary_angles(position_BT: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """cos, sin (B, 1, T, K) of position * theta^(-2i/K), i = 0 .. K/2-1, written twice (RoFormer, arXiv 2104.09864, eq. 15)."""
+    inverse = theta ** (-torch.arange(0, head_dim, 2, device=position_BT.device, dtype=torch.float32) / head_dim)
+    angle = position_BT[:, None, :, None].float() * inverse
+    angle = torch.cat([angle, angle], dim=-1)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x_BHTK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (x_i, x_{i+K/2}) by its angle: then q·k depends on the distance of two tokens only."""
+    first, second = x_BHTK.chunk(2, dim=-1)
+    return x_BHTK * cos.to(x_BHTK.dtype) + torch.cat([-second, first], dim=-1) * sin.to(x_BHTK.dtype)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with G <= H key/value heads."""
+
+    def __init__(self, config: LMConfig):
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.q = nn.Linear(config.width, config.heads * config.head_dim, bias=config.qkv_bias)
+        self.k = nn.Linear(config.width, config.kv_heads * config.head_dim, bias=config.qkv_bias)
+        self.v = nn.Linear(config.width, config.kv_heads * config.head_dim, bias=config.qkv_bias)
+        self.out = nn.Linear(config.heads * config.head_dim, config.width, bias=config.bias)
+
+    def forward(self, x_BTD: Tensor, layer: int, seen: Tensor | None, angles, cache: KVCache | None) -> Tensor:
+        """seen: (B, 1, T, C) bool, or None when token t sees exactly what `is_causal` says; angles: cos and sin, or None."""
+        q, k, v = (rearrange(linear(x_BTD), "b t (h k) -> b h t k", k=self.head_dim) for linear in (self.q, self.k, self.v))
+        if angles is not None:
+            q, k = rotate(q, *angles), rotate(k, *angles)
+        if cache is not None:
+            k, v = cache.append(layer, k, v)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=seen is None and q.shape[2] > 1,
+                                           enable_gqa=q.shape[1] != k.shape[1])
+        return self.out(rearrange(y, "b h t k -> b t (h k)"))
+
+
+class MLP(nn.Module):
+    """relu: W2 relu(W1 x).  swiglu: W2 (silu(Wg x) * W1 x)."""
+
+    def __init__(self, config: LMConfig):
+        super().__init__()
+        self.gate = nn.Linear(config.width, config.inner, bias=config.bias) if config.mlp == "swiglu" else None
+        self.up = nn.Linear(config.width, config.inner, bias=config.bias)
+        self.down = nn.Linear(config.inner, config.width, bias=config.bias)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        if self.gate is None:
+            return self.down(F.relu(self.up(x_BTD)))
+        return self.down(F.silu(self.gate(x_BTD)) * self.up(x_BTD))
+
+
+def make_norm(config: LMConfig) -> nn.Module:
+    return {"layer": nn.LayerNorm, "rms": nn.RMSNorm}[config.norm](config.width, eps=config.norm_eps)
+
+
+class Layer(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)): the pre-norm residual layer of both families."""
+
+    def __init__(self, config: LMConfig):
+        super().__init__()
+        self.attention_norm = make_norm(config)
+        self.attention = Attention(config)
+        self.mlp_norm = make_norm(config)
+        self.mlp = MLP(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x_BTD: Tensor, layer: int, seen: Tensor | None, angles, cache: KVCache | None) -> Tensor:
+        x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), layer, seen, angles, cache))
+        return x_BTD + self.dropout(self.mlp(self.mlp_norm(x_BTD)))
+
+
+class LM(nn.Module):
+    """Token ids -> hidden states (`forward`) -> logits (`logits`)."""
+
+    def __init__(self, config: LMConfig):
+        super().__init__()
+        check(config)
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.width)
+        self.positions = nn.Embedding(config.max_positions + POSITION_OFFSET, config.width) \
+            if config.positions == "learned" else None
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
+        self.norm = make_norm(config)
+        self.head = None if config.tied_head else nn.Linear(config.width, config.vocab_size, bias=False)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Normal(0, 0.02), biases 0; what writes to the residual stream is smaller, as 2 x layers branches add up in it."""
+        for name, module in self.named_modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                branch_end = name.endswith(("attention.out", "mlp.down"))
+                module.weight.normal_(0.0, 0.02 / math.sqrt(2 * self.config.layers) if branch_end else 0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                module.bias.zero_()
+
+    def new_cache(self, batch: int, max_length: int, dtype: torch.dtype | None = None, device=None) -> KVCache:
+        """An empty cache for `batch` rows of up to `max_length` tokens; dtype and device default to the weights' own."""
+        dtype, device = dtype or self.embed.weight.dtype, device or self.embed.weight.device
+        shape = (batch, self.config.kv_heads, max_length, self.config.head_dim)
+        k, v = ([torch.zeros(shape, dtype=dtype, device=device) for _ in self.layers] for _ in range(2))
+        return KVCache(k, v, torch.zeros(batch, max_length, dtype=torch.bool, device=device))
+
+    def forward(self, ids_BT: Tensor, mask_BT: Tensor | None = None, cache: KVCache | None = None,
+                before_layer: Callable[[int, Tensor], Tensor] | None = None) -> Tensor:
+        """-> hidden (B, T, D), after the final norm.
+
+        ids_BT        int64. With a cache: the tokens that follow those in the cache, one or many
+        mask_BT       True (or 1) at real tokens of ids_BT, False at padding; None = nothing here is padding
+        cache         read, written, and advanced by T
+        before_layer  x = before_layer(i, x) is called before layer i: the gated cross-attention blocks stand here
+
+        A real token's position is the number of real tokens before it, so padding on either side changes no real token's
+        result. What comes out at padding is finite and means nothing.
+        """
+        start, length = (cache.length if cache is not None else 0), ids_BT.shape[1]
+        self._check_length(start + length, cache)
+        valid_BC = self._valid(ids_BT, mask_BT, cache)
+        if valid_BC is None:
+            position_BT = torch.arange(start, start + length, device=ids_BT.device)[None]
+        else:
+            position_BT = (valid_BC.cumsum(1) - 1).masked_fill(~valid_BC, -1)[:, start:]
+        x_BTD = self.embed(ids_BT)
+        angles = None
+        if self.positions is not None:
+            x_BTD = x_BTD + self.positions(position_BT + POSITION_OFFSET)
+        else:
+            angles = rotary_angles(position_BT, self.config.head_dim, self.config.rope_theta)
+        seen = seen_keys(valid_BC, start, length, ids_BT.device)
+        for i, layer in enumerate(self.layers):
+            if before_layer is not None:
+                x_BTD = before_layer(i, x_BTD)
+            x_BTD = layer(x_BTD, i, seen, angles, cache)
+        if cache is not None:
+            cache.length += length
+        return self.norm(x_BTD)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., D) -> (..., V). Apart from `forward`, so that training runs the widest matrix at labelled positions alone."""
+        return F.linear(hidden, self.embed.weight if self.head is None else self.head.weight)
+
+    def _valid(self, ids_BT: Tensor, mask_BT: Tensor | None, cache: KVCache | None) -> Tensor | None:
+        """Which of the C tokens so far are real, (B, C) bool; None if all are. Notes the new tokens' mask in the cache."""
+        if cache is None:
+            return None if mask_BT is None else mask_BT.bool()
+        end = cache.length + ids_BT.shape[1]
+        cache.mask_BT[:, cache.length:end] = True if mask_BT is None else mask_BT.bool()
+        cache.padded = cache.padded or mask_BT is not None
+        return cache.mask_BT[:, :end] if cache.padded else None
+
+    def _check_length(self, length: int, cache: KVCache | None) -> None:
+        if self.positions is not None and length > self.config.max_positions:
+            raise ValueError(f"text of {length} tokens, but the position table holds {self.config.max_positions}")
+        if cache is not None and length > cache.max_length:
+            raise ValueError(f"text of {length} tokens, but the cache was made for {cache.max_length}")
+
+
+def seen_keys(valid_BC: Tensor | None, start: int, length: int, device) -> Tensor | None:
+    """(B or 1, 1, T, C) bool: the tokens that each new token attends. None where plain causal attention says the same.
+
+    Token t sees the valid tokens up to itself, and itself even if it is padding: a softmax over nothing would be NaN.
+    """
+    if valid_BC is None and (start == 0 or length == 1):
+        return None
+    query, key = torch.arange(start, start + length, device=device)[:, None], torch.arange(start + length, device=device)
+    seen_TC = key <= query
+    if valid_BC is None:
+        return seen_TC[None, None]
+    return ((seen_TC & valid_BC[:, None, :]) | (key == query))[:, None]
+
+
+def check(config: LMConfig) -> None:
+    """ValueError for settings that name no model."""
+    for name, known in (("positions", ("learned", "rope")), ("norm", ("layer", "rms")), ("mlp", ("relu", "swiglu"))):
+        if getattr(config, name) not in known:
+            raise ValueError(f"lm.{name} is {getattr(config, name)!r}; it can be {' or '.join(known)}")
+    if config.heads % config.kv_heads:
+        raise ValueError(f"lm.heads = {config.heads} is not a multiple of lm.kv_heads = {config.kv_heads}")
+    if config.positions == "rope" and config.head_dim % 2:
+        raise ValueError(f"lm.head_dim = {config.head_dim} is odd; rope turns pairs")
