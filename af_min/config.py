@@ -113,6 +113,7 @@ class Config:
     representation: RepresentationConfig = field(default_factory=RepresentationConfig)
     xattn: XattnConfig = field(default_factory=XattnConfig)
     lm: LMConfig = field(default_factory=LMConfig)
+    audio_id: int = 50_265           # id of the <audio> token
     pool_windows: bool = False       # ablation: one mean vector an audio instead of its windows (what the paper improves on)
 
 

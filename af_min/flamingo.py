@@ -1,0 +1,193 @@
+"""Step 6 of the walk: the whole model. Reads window embeddings and token ids, gives a loss or words; next: text.py.
+
+    log p(y | x, i) = sum_t log p(y_t | y_<t, i, x)                                     (paper section 3, single audio)
+    interleaved:      sum_j log p(y_j | x_1..j, i_1..j, y_1..j-1)                       (J shots, block-triangular)
+
+    windows -> clap.WindowEncoder -> representation.Representation -> keys and values, once per audio
+    ids -> lm.LM, before every layer of which an xattn.GatedCrossAttention looks at them
+
+State is explicit: `Audio` is what text may look at, `State` adds the LM's key-value cache. Both are arguments and results.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+
+from .clap import WindowEncoder
+from .config import Config
+from .lm import LM, KVCache
+from .representation import Representation
+from .xattn import GatedCrossAttention, audio_number, visible_windows
+
+IGNORE = -100  # label of a position that is not supervised
+
+
+@dataclass
+class Audio:
+    """All audios of a batch, ready to be looked at: per cross-attention block keys and values (B, H, L, K)."""
+    keys: list[torch.Tensor]
+    values: list[torch.Tensor]
+    n_windows_BN: torch.Tensor
+
+
+@dataclass
+class State:
+    """A text in progress: its audios, the LM's cache, how many <audio> tokens were read (B,). `read` advances it in place."""
+    audio: Audio
+    cache: KVCache
+    seen_B: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn. temperature 0 is greedy; top_k 0 and top_p 1 keep every token."""
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+class AudioFlamingo(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        width = config.clap.out_width
+        max_audios = config.representation.max_audios
+        self.encoder = WindowEncoder(config.audio, config.clap)
+        self.representation = Representation(config.representation, width, config.audio.max_windows)
+        self.xattn = nn.ModuleDict({  # key: the LM layer that the block stands before
+            str(i): GatedCrossAttention(config.xattn, config.lm.width, width, max_audios)
+            for i in range(0, config.lm.layers, config.xattn.every)})
+        self.lm = LM(config.lm)
+        if config.representation.attend_padding:  # embedding of silence, which fills the published model's unused slots
+            self.register_buffer("silence", torch.zeros(width))
+
+    # ------------------------------------------------------------------ hearing
+
+    @torch.no_grad()
+    def encode(self, windows_AS: torch.Tensor, chunk: int = 64) -> torch.Tensor:
+        """Waveform windows (A, S) -> window embeddings (A, D) in float32, by the frozen encoder, `chunk` at a time."""
+        return torch.cat([self.encoder(part).float() for part in windows_AS.split(chunk)])
+
+    def represent(self, windows_AWD: torch.Tensor, n_windows_BN: torch.Tensor) -> torch.Tensor:
+        """Audio tokens of every recording, (A, W, D); A counts the audios of all samples in order (n_windows_BN > 0)."""
+        present = n_windows_BN > 0
+        max_windows = self.config.audio.max_windows
+        number_A = torch.arange(n_windows_BN.shape[1], device=windows_AWD.device).expand_as(n_windows_BN)[present]
+        if not self.config.representation.attend_padding:
+            first_A = None if self.config.xattn.audio_index else number_A * max_windows
+            return self.representation(windows_AWD, n_windows_BN[present], first_A)
+        # The published model: one sequence of all slots a sample; silence in the unused ones; nothing is masked.
+        row_A = torch.arange(len(n_windows_BN), device=windows_AWD.device)[:, None].expand_as(n_windows_BN)[present]
+        slots = self.silence.to(windows_AWD.dtype).expand(len(n_windows_BN), self.config.representation.max_audios,
+                                                          max_windows, -1).clone()
+        w = windows_AWD.shape[1]
+        real = torch.arange(w, device=windows_AWD.device) < n_windows_BN[present][:, None]
+        slots[row_A, number_A, :w] = torch.where(real[..., None], windows_AWD, self.silence.to(windows_AWD.dtype))
+        heard = rearrange(self.representation(rearrange(slots, "b n w d -> b (n w) d")), "b (n w) d -> b n w d", w=max_windows)
+        return heard[row_A, number_A, :w]
+
+    def listen(self, windows_AWD: torch.Tensor, n_windows_BN: torch.Tensor) -> Audio:
+        """Window embeddings of all audios of the batch -> keys and values for every cross-attention block.
+
+        windows_AWD: (A, W, D), the audios of sample 0, then of sample 1, ..., padded to W windows.
+        n_windows_BN: (B, N) windows of each audio, 0 where a sample has fewer than N audios.
+        """
+        if self.config.pool_windows and len(windows_AWD):
+            real = torch.arange(windows_AWD.shape[1], device=windows_AWD.device) < n_windows_BN[n_windows_BN > 0][:, None]
+            windows_AWD = (windows_AWD * real[..., None]).sum(1, keepdim=True) / real.sum(1)[:, None, None]
+            n_windows_BN = n_windows_BN.clamp(max=1)
+        length_B = n_windows_BN.sum(1)
+        longest = int(length_B.max()) if len(length_B) else 0
+        slot_L = torch.arange(longest, device=n_windows_BN.device)
+        audio_BLD = windows_AWD.new_zeros(len(n_windows_BN), longest, windows_AWD.shape[-1])
+        if longest:
+            heard_AWD = self.represent(windows_AWD, n_windows_BN)
+            real = torch.arange(heard_AWD.shape[1], device=heard_AWD.device) < n_windows_BN[n_windows_BN > 0][:, None]
+            audio_BLD = audio_BLD.to(heard_AWD.dtype).masked_scatter((slot_L < length_B[:, None])[..., None], heard_AWD[real])
+        number_BL = (slot_L[:, None] >= n_windows_BN.cumsum(1)[:, None]).sum(-1) + 1
+        pairs = [block.keys_values(audio_BLD, number_BL) for block in self.xattn.values()]
+        return Audio([k for k, _ in pairs], [v for _, v in pairs], n_windows_BN)
+
+    # ------------------------------------------------------------------ reading
+
+    def hidden(self, ids_BT: torch.Tensor, audio: Audio, mask_BT: torch.Tensor | None = None,
+               state: State | None = None) -> torch.Tensor:
+        """Text states after the last LM layer, (B, T, D). With a `state` the ids continue what was read before."""
+        number_BT = audio_number(ids_BT, self.config.audio_id, state.seen_B if state else None)
+        kv_len_BT = visible_windows(number_BT, audio.n_windows_BN)
+        blocks = {int(layer): (block, k, v) for (layer, block), k, v in zip(self.xattn.items(), audio.keys, audio.values)}
+
+        def look(layer: int, x_BTD: torch.Tensor) -> torch.Tensor:
+            if layer not in blocks:
+                return x_BTD
+            block, k, v = blocks[layer]
+            return block(x_BTD, k, v, kv_len_BT, number_BT)
+
+        return self.lm(ids_BT, mask_BT, cache=state.cache if state else None, before_layer=look)
+
+    def forward(self, ids_BT: torch.Tensor, labels_BT: torch.Tensor, windows_AWD: torch.Tensor, n_windows_BN: torch.Tensor,
+                mask_BT: torch.Tensor | None = None) -> torch.Tensor:
+        """Negative log-likelihood of every supervised token, (number of labels that are not IGNORE, shifted by one).
+
+        The head runs on those positions alone. The caller takes the mean over the *global* batch: no sample weighs more for
+        having been on another process.
+        """
+        hidden_BTD = self.hidden(ids_BT, self.listen(windows_AWD, n_windows_BN), mask_BT)
+        target_BT = labels_BT[:, 1:]
+        keep = target_BT != IGNORE
+        logits = self.lm.logits(hidden_BTD[:, :-1][keep])
+        return F.cross_entropy(logits.float(), target_BT[keep], reduction="none")
+
+    # ------------------------------------------------------------------ answering
+
+    def start(self, audio: Audio, max_length: int) -> State:
+        """An empty text of at most `max_length` tokens about `audio`."""
+        batch, weight = len(audio.n_windows_BN), self.lm.embed.weight
+        return State(audio, self.lm.new_cache(batch, max_length, dtype=weight.dtype, device=weight.device),
+                     torch.zeros(batch, dtype=torch.long, device=weight.device))
+
+    @torch.no_grad()
+    def read(self, ids_BT: torch.Tensor, state: State, mask_BT: torch.Tensor | None = None) -> torch.Tensor:
+        """Read more text (left-padded where mask_BT is False) and return the logits of what follows, (B, V)."""
+        hidden_BTD = self.hidden(ids_BT, state.audio, mask_BT, state)
+        state.seen_B = state.seen_B + (ids_BT == self.config.audio_id).sum(1)
+        return self.lm.logits(hidden_BTD[:, -1]).float()
+
+    @torch.no_grad()
+    def generate(self, logits_BV: torch.Tensor, state: State, stop_id: int, pad_id: int, max_new: int,
+                 sampling: Sampling = Sampling(), banned: tuple[int, ...] = ()) -> Iterator[torch.Tensor]:
+        """Yield one token a row, (B,), until every row has said `stop_id`; rows that have ended yield `pad_id`.
+
+        Every yielded token, the last ones included, is read into `state`, so that a dialogue can go on from it.
+        """
+        random = torch.Generator(device="cpu").manual_seed(sampling.seed)
+        alive_B = torch.ones(len(logits_BV), dtype=torch.bool, device=logits_BV.device)
+        for _ in range(max_new):
+            if banned:
+                logits_BV[:, list(banned)] = float("-inf")
+            token_B = torch.where(alive_B, draw(logits_BV, sampling, random), pad_id)
+            logits_BV = self.read(token_B[:, None], state, alive_B[:, None])
+            yield token_B
+            alive_B = alive_B & (token_B != stop_id)
+            if not alive_B.any():
+                return
+
+
+def draw(logits_BV: torch.Tensor, sampling: Sampling, random: torch.Generator) -> torch.Tensor:
+    """Next token of every row, (B,): greedy, or from the softmax at `temperature` cut to top-k, then to the nucleus top-p."""
+    if sampling.temperature == 0:
+        return logits_BV.argmax(-1)
+    sorted_BV, order_BV = (logits_BV.cpu() / sampling.temperature).sort(-1, descending=True)
+    if sampling.top_k:
+        sorted_BV[:, sampling.top_k:] = float("-inf")
+    probability_BV = sorted_BV.softmax(-1)
+    before = probability_BV.cumsum(-1) - probability_BV             # mass of what is likelier: the first is always kept
+    probability_BV[before >= sampling.top_p] = 0.0
+    pick = torch.multinomial(probability_BV, 1, generator=random)
+    return order_BV.gather(1, pick)[:, 0].to(logits_BV.device)
