@@ -1,0 +1,79 @@
+"""Masked cross-attention and the gated residual: one interface, two backends, chosen here.
+
+    masked_cross_attention(q, k, v, kv_len)     softmax(q[t] · k[:kv_len[t]] / sqrt(K)) v[:kv_len[t]]
+    gated_residual(x, a, weight, gate)          x + tanh(gate) · a Wᵀ
+
+The backend is the argument `backend`, else the environment variable AF_MIN_KERNELS (`reference` or `triton`), else Triton for
+CUDA tensors that it can take and PyTorch for the rest. One that was asked for and cannot run is an error that says why.
+Read on: reference.py (PyTorch), masked_xattn.py and residual.py (Triton), check_compile.py, benchmark.py.
+"""
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from af_min.cli import UserError
+
+from . import reference
+
+__all__ = ["masked_cross_attention", "gated_residual"]
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+HEAD_DIMS = (32, 64, 128)
+
+
+def why_no_triton(tensor: Tensor) -> str | None:
+    """The reason why Triton cannot work on this tensor, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if tensor.dtype not in DTYPES:
+        return f"the kernels take float32, bfloat16 and float16, not {str(tensor.dtype).removeprefix('torch.')}"
+    if tensor.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "the tensors are on the CPU (TRITON_INTERPRET=1, set before Python starts, runs the kernels there, slowly)"
+    if tensor.device.type not in ("cpu", "cuda"):
+        return f"the tensors are on {tensor.device.type}, the kernels need a CUDA GPU"
+    if tensor.device.type == "cuda" and torch.cuda.get_device_capability(tensor.device) < (8, 0):
+        return "the GPU is older than compute capability 8.0"
+    return None
+
+
+def use_triton(backend: str | None, tensor: Tensor, reason: str | None) -> bool:
+    """Argument, then environment, then device. `reason`: why Triton cannot run, if it cannot. Raises UserError."""
+    source = "backend" if backend is not None else "AF_MIN_KERNELS"
+    wanted = backend if backend is not None else os.environ.get("AF_MIN_KERNELS") or None
+    if wanted not in (None, "reference", "triton"):
+        raise UserError(f"{source}={wanted}: unknown backend; choose reference or triton")
+    if wanted == "triton" and reason:
+        raise UserError(f"{source}=triton cannot run: {reason}; unset it or choose {source}=reference")
+    return reason is None and (wanted == "triton" or (wanted is None and tensor.device.type == "cuda"))
+
+
+def masked_cross_attention(q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor, backend: str | None = None) -> Tensor:
+    """q (B, H, T, K), k and v (B, H, L, K) of any strides, kv_len (B, T) int32, non-decreasing in t -> (B, H, T, K).
+
+    Token t sees the keys 0 .. kv_len[t]-1; kv_len[t] = 0 gives an exact 0 and zero gradients. L may be 0. Keys that no token
+    sees are never used, whatever they hold. Raises UserError for a backend that cannot run."""
+    assert q.shape[:2] == k.shape[:2] and k.shape == v.shape and q.shape[3] == k.shape[3], \
+        f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}, expected (B, H, T, K), (B, H, L, K), (B, H, L, K)"
+    assert kv_len.shape == (q.shape[0], q.shape[2]), f"got kv_len {tuple(kv_len.shape)}, expected {(q.shape[0], q.shape[2])}"
+    reason = why_no_triton(q)
+    if reason is None and q.shape[3] not in HEAD_DIMS:
+        reason = f"head width {q.shape[3]} has no kernel, only {', '.join(map(str, HEAD_DIMS))}"
+    if use_triton(backend, q, reason):
+        from . import masked_xattn
+        return masked_xattn.masked_cross_attention(q, k, v, kv_len)
+    return reference.masked_cross_attention(q, k, v, kv_len)
+
+
+def gated_residual(x: Tensor, a: Tensor, weight: Tensor, gate: Tensor, backend: str | None = None) -> Tensor:
+    """x (..., D), a (..., E), weight (D, E), gate of one element -> x + tanh(gate) · a Wᵀ, (..., D)."""
+    assert x.shape[:-1] == a.shape[:-1] and weight.shape == (x.shape[-1], a.shape[-1]) and gate.numel() == 1, \
+        f"got x {tuple(x.shape)}, a {tuple(a.shape)}, weight {tuple(weight.shape)}, gate {tuple(gate.shape)}, " \
+        "expected (..., D), (..., E), (D, E), one element"
+    if use_triton(backend, x, why_no_triton(x)):
+        from . import residual
+        return residual.gated_residual(x, a, weight, gate)
+    return reference.gated_residual(x, a, weight, gate)

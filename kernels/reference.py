@@ -1,0 +1,82 @@
+"""The two operations in plain PyTorch: what the Triton kernels are held against, and what runs where there is no GPU.
+
+    masked cross-attention    out[t] = softmax(q[t] · k[:n] / sqrt(K)) v[:n],  n = kv_len[t];  n = 0 gives 0
+    gated residual            out    = x + tanh(gate) · a Wᵀ
+
+(Audio Flamingo, arXiv 2402.01831, section 3.2; Flamingo, arXiv 2204.14198, section 2.4.) Next: masked_xattn.py.
+Shapes as everywhere: B batch, H heads, T text tokens, L audio tokens, K width of a head, D width, E inner width.
+"""
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+
+def visible(kv_len: Tensor, length: int) -> Tensor:
+    """(B, T) -> (B, 1, T, length) bool: may token t look at key j? One comparison: j < kv_len[t]."""
+    return (torch.arange(length, dtype=torch.int32, device=kv_len.device) < kv_len[..., None])[:, None]
+
+
+def zero_unused(x_BHLK: Tensor, kv_len: Tensor) -> Tensor:
+    """Keys (or values) that no token of their sample sees become 0, so that a NaN in an unused slot cannot leak as 0 · NaN.
+
+    kv_len never decreases along t, so the last token sees all that any token sees."""
+    unused = torch.arange(x_BHLK.shape[2], device=kv_len.device) >= kv_len[:, -1:]
+    return x_BHLK.masked_fill(unused[:, None, :, None], 0)
+
+
+def attend(q_BHTK: Tensor, k_BHLK: Tensor, v_BHLK: Tensor, kv_len: Tensor) -> Tensor:
+    """Masked cross-attention by its definition, on any device and in any precision, the (T, L) scores in memory."""
+    k_BHLK, v_BHLK = zero_unused(k_BHLK, kv_len), zero_unused(v_BHLK, kv_len)
+    mask = visible(kv_len, k_BHLK.shape[2])
+    scores = (q_BHTK @ k_BHLK.transpose(-1, -2)) / math.sqrt(q_BHTK.shape[-1])
+    lowest = torch.finfo(scores.dtype).min                     # finite, so that an empty row is no inf - inf
+    weights = scores.masked_fill(~mask, lowest).softmax(-1).masked_fill(~mask, 0)
+    return weights @ v_BHLK
+
+
+_masks = WeakTensorKeyDictionary()          # kv_len -> its additive mask: the layers of one forward pass share one
+
+
+def additive_mask(kv_len: Tensor, dtype: torch.dtype) -> tuple[int, Tensor | None]:
+    """The longest visible length, and 0 / -inf (B, 1, T, longest), or None if all tokens of the batch see the same keys.
+
+    Made once for a kv_len tensor and dropped with it; made anew if the tensor has been written to since."""
+    tracked = not kv_len.is_inference()
+    made_for = (kv_len._version if tracked else None, dtype)
+    if tracked and kv_len in _masks and _masks[kv_len][0] == made_for:
+        return _masks[kv_len][1]
+    low, longest = (int(n) for n in kv_len.aminmax())
+    mask = None if low == longest else torch.where(visible(kv_len, longest), 0.0, -math.inf).to(dtype)
+    if tracked:
+        _masks[kv_len] = made_for, (longest, mask)
+    return longest, mask
+
+
+def attend_cpu(q_BHTK: Tensor, k_BHLK: Tensor, v_BHLK: Tensor, kv_len: Tensor) -> Tensor:
+    """`attend` by PyTorch's fused CPU kernel, which gives 0 for a row that is masked throughout.
+
+    Keys beyond the longest visible length are cut off. A NaN or inf among the others shows in a sum (a read, no copy); only
+    then are the unused ones cleaned."""
+    longest, mask = additive_mask(kv_len, q_BHTK.dtype)
+    if longest == 0:
+        return attend(q_BHTK, k_BHLK[:, :, :0], v_BHLK[:, :, :0], kv_len)
+    k_BHLK, v_BHLK = k_BHLK[:, :, :longest], v_BHLK[:, :, :longest]
+    if mask is not None and not math.isfinite(k_BHLK.detach().sum() + v_BHLK.detach().sum()):
+        k_BHLK, v_BHLK = zero_unused(k_BHLK, kv_len), zero_unused(v_BHLK, kv_len)
+    return F.scaled_dot_product_attention(q_BHTK, k_BHLK, v_BHLK, attn_mask=mask)
+
+
+def masked_cross_attention(q_BHTK: Tensor, k_BHLK: Tensor, v_BHLK: Tensor, kv_len: Tensor) -> Tensor:
+    """The PyTorch implementation: the fused CPU kernel where it applies, the definition elsewhere (GPU, torch.compile)."""
+    on_cpu = q_BHTK.device.type == "cpu" and not torch.compiler.is_compiling()
+    return (attend_cpu if on_cpu else attend)(q_BHTK, k_BHLK, v_BHLK, kv_len)
+
+
+def gated_residual(x: Tensor, a: Tensor, weight: Tensor, gate: Tensor) -> Tensor:
+    """x (..., D) + tanh(gate) · a (..., E) Wᵀ with weight (D, E) and a gate of one element."""
+    return x + torch.tanh(gate) * F.linear(a, weight)
