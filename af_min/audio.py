@@ -190,7 +190,14 @@ def mel_filters(config: AudioConfig) -> Tensor:
     return torch.tensor(np.maximum(0, np.minimum(rise, fall)) * 2 / (high - low), dtype=torch.float32)
 
 
-class LogMel(nn.Module):
+class Float32(nn.Module):
+    """A module that moves between devices but stays float32: 100 dB of dynamics do not fit into bf16's 8 bits."""
+
+    def _apply(self, fn, recurse=True):
+        return super()._apply(lambda t: fn(t) if fn(t).dtype == t.dtype else t.to(fn(t).device), recurse)
+
+
+class LogMel(Float32):
     """Windows (A, S) in [-1, 1] -> log-mel (A, F, M) in dB, F = 1 + S // stft_hop.
 
     `filters` (n_fft/2 + 1, M) and `window` (n_fft,) are buffers: a published checkpoint brings its own, and they win.
@@ -203,10 +210,10 @@ class LogMel(nn.Module):
         self.register_buffer("window", torch.hann_window(config.n_fft))
 
     def forward(self, windows_AS: Tensor) -> Tensor:
-        with torch.autocast(windows_AS.device.type, enabled=False):    # 100 dB do not fit into 8 bits of mantissa
-            n_fft = self.config.n_fft
+        n_fft = self.config.n_fft
+        with torch.autocast(windows_AS.device.type, enabled=False):
             x_AS = F.pad(windows_AS.float()[:, None], (n_fft // 2, n_fft // 2), mode="reflect")[:, 0]
-            frames = x_AS.unfold(1, n_fft, self.config.stft_hop) * self.window
-            spectrum = torch.view_as_real(torch.fft.rfft(frames))
-            power = spectrum.square().sum(-1)                          # (A, F, n_fft/2 + 1)
-            return (power @ self.filters).clamp_min(POWER_FLOOR).log10() * 10
+            frames = x_AS.unfold(1, n_fft, self.config.stft_hop) * self.window           # (A, F, n_fft)
+            parts = torch.view_as_real(torch.fft.rfft(frames)).flatten(-2)               # re, im, re, im, ...
+            power = parts.square() @ self.filters.repeat_interleave(2, 0)                # |X|^2 = re^2 + im^2
+            return power.clamp_min(POWER_FLOOR).log10() * 10
