@@ -23,11 +23,12 @@ __all__ = ["masked_cross_attention", "gated_residual"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HEAD_DIMS = (32, 64, 128)
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 def why_no_triton(tensor: Tensor) -> str | None:
     """The reason why Triton cannot work on this tensor, or None."""
-    if importlib.util.find_spec("triton") is None:
+    if not TRITON_INSTALLED:
         return "the package triton is not installed"
     if tensor.dtype not in DTYPES:
         return f"the kernels take float32, bfloat16 and float16, not {str(tensor.dtype).removeprefix('torch.')}"
@@ -40,15 +41,20 @@ def why_no_triton(tensor: Tensor) -> str | None:
     return None
 
 
-def use_triton(backend: str | None, tensor: Tensor, reason: str | None) -> bool:
-    """Argument, then environment, then device. `reason`: why Triton cannot run, if it cannot. Raises UserError."""
+def use_triton(backend: str | None, tensor: Tensor, head_dim: int | None = None) -> bool:
+    """Argument, then environment, then device. Raises UserError if Triton is asked for and cannot run."""
     source = "backend" if backend is not None else "AF_MIN_KERNELS"
-    wanted = backend if backend is not None else os.environ.get("AF_MIN_KERNELS") or None
-    if wanted not in (None, "reference", "triton"):
+    wanted = backend if backend is not None else os.environ.get("AF_MIN_KERNELS") or "default"
+    if wanted not in ("default", "reference", "triton"):
         raise UserError(f"{source}={wanted}: unknown backend; choose reference or triton")
+    if wanted == "reference" or (wanted == "default" and not tensor.is_cuda):
+        return False
+    reason = why_no_triton(tensor)
+    if reason is None and head_dim not in (None, *HEAD_DIMS):
+        reason = f"head width {head_dim} has no kernel, only {', '.join(map(str, HEAD_DIMS))}"
     if wanted == "triton" and reason:
         raise UserError(f"{source}=triton cannot run: {reason}; unset it or choose {source}=reference")
-    return reason is None and (wanted == "triton" or (wanted is None and tensor.device.type == "cuda"))
+    return reason is None
 
 
 def masked_cross_attention(q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor, backend: str | None = None) -> Tensor:
@@ -59,10 +65,7 @@ def masked_cross_attention(q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor, back
     assert q.shape[:2] == k.shape[:2] and k.shape == v.shape and q.shape[3] == k.shape[3], \
         f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}, expected (B, H, T, K), (B, H, L, K), (B, H, L, K)"
     assert kv_len.shape == (q.shape[0], q.shape[2]), f"got kv_len {tuple(kv_len.shape)}, expected {(q.shape[0], q.shape[2])}"
-    reason = why_no_triton(q)
-    if reason is None and q.shape[3] not in HEAD_DIMS:
-        reason = f"head width {q.shape[3]} has no kernel, only {', '.join(map(str, HEAD_DIMS))}"
-    if use_triton(backend, q, reason):
+    if use_triton(backend, q, q.shape[3]):
         from . import masked_xattn
         return masked_xattn.masked_cross_attention(q, k, v, kv_len)
     return reference.masked_cross_attention(q, k, v, kv_len)
@@ -73,7 +76,7 @@ def gated_residual(x: Tensor, a: Tensor, weight: Tensor, gate: Tensor, backend: 
     assert x.shape[:-1] == a.shape[:-1] and weight.shape == (x.shape[-1], a.shape[-1]) and gate.numel() == 1, \
         f"got x {tuple(x.shape)}, a {tuple(a.shape)}, weight {tuple(weight.shape)}, gate {tuple(gate.shape)}, " \
         "expected (..., D), (..., E), (D, E), one element"
-    if use_triton(backend, x, why_no_triton(x)):
+    if use_triton(backend, x):
         from . import residual
         return residual.gated_residual(x, a, weight, gate)
     return reference.gated_residual(x, a, weight, gate)

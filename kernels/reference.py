@@ -9,11 +9,11 @@ Shapes as everywhere: B batch, H heads, T text tokens, L audio tokens, K width o
 from __future__ import annotations
 
 import math
+import weakref
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 
 def visible(kv_len: Tensor, length: int) -> Tensor:
@@ -39,21 +39,21 @@ def attend(q_BHTK: Tensor, k_BHLK: Tensor, v_BHLK: Tensor, kv_len: Tensor) -> Te
     return weights @ v_BHLK
 
 
-_masks = WeakTensorKeyDictionary()          # kv_len -> its additive mask: the layers of one forward pass share one
+_last = (lambda: None, None, None)           # weak reference to the last kv_len, what its mask was made for, the mask
 
 
 def additive_mask(kv_len: Tensor, dtype: torch.dtype) -> tuple[int, Tensor | None]:
     """The longest visible length, and 0 / -inf (B, 1, T, longest), or None if all tokens of the batch see the same keys.
 
-    Made once for a kv_len tensor and dropped with it; made anew if the tensor has been written to since."""
-    tracked = not kv_len.is_inference()
-    made_for = (kv_len._version if tracked else None, dtype)
-    if tracked and kv_len in _masks and _masks[kv_len][0] == made_for:
-        return _masks[kv_len][1]
+    Every layer of a forward pass gives the same kv_len, so the last mask is kept until another tensor comes or this one is
+    written to."""
+    global _last
+    made_for = None if kv_len.is_inference() else (kv_len._version, dtype)
+    if made_for is not None and _last[0]() is kv_len and _last[1] == made_for:
+        return _last[2]
     low, longest = (int(n) for n in kv_len.aminmax())
     mask = None if low == longest else torch.where(visible(kv_len, longest), 0.0, -math.inf).to(dtype)
-    if tracked:
-        _masks[kv_len] = made_for, (longest, mask)
+    _last = (weakref.ref(kv_len), made_for, (longest, mask))
     return longest, mask
 
 
