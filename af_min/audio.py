@@ -212,8 +212,9 @@ class LogMel(Float32):
     def forward(self, windows_AS: Tensor) -> Tensor:
         n_fft = self.config.n_fft
         with torch.autocast(windows_AS.device.type, enabled=False):
-            x_AS = F.pad(windows_AS.float()[:, None], (n_fft // 2, n_fft // 2), mode="reflect")[:, 0]
+            x_AS, edge = windows_AS.float(), n_fft // 2
+            x_AS = torch.cat([x_AS[:, 1:edge + 1].flip(1), x_AS, x_AS[:, -edge - 1:-1].flip(1)], 1)
             frames = x_AS.unfold(1, n_fft, self.config.stft_hop) * self.window           # (A, F, n_fft)
             parts = torch.view_as_real(torch.fft.rfft(frames)).flatten(-2)               # re, im, re, im, ...
-            power = parts.square() @ self.filters.repeat_interleave(2, 0)                # |X|^2 = re^2 + im^2
+            power = (parts * parts) @ self.filters.repeat_interleave(2, 0)               # |X|^2 = re^2 + im^2
             return power.clamp_min(POWER_FLOOR).log10() * 10
