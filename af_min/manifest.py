@@ -1,0 +1,161 @@
+"""Prepared data sets on disk: rows (one sample a line), a card that says what they hold, and folders that are whole or absent.
+
+    data/<name>/train.jsonl  val.jsonl  test.jsonl  audio/  card.json
+
+A row is a JSON object. `audio` is a path inside the data set, `start` the second at which the sample begins:
+
+    {"audio": "audio/x.flac", "start": 0.0, "task": "AudioCaptioning", "prompt": "...", "answer": "..."}
+
+Instead of `answer` it may have `answers` (several references, all right) or, without `prompt`, a dialogue in `turns`
+([{"user": "...", "assistant": "..."}, ...]). `shots` names other rows by number. Further fields pass through untouched;
+`seconds` (length of the sample) is added up into the card's hours.
+"""
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePosixPath
+
+from .cli import UserError
+
+SPLITS = ("train", "val", "test")
+CARD = "card.json"
+
+
+def write_rows(path, rows: Iterable[dict]) -> int:
+    """One JSON object a line, checked as in `read_rows`; the file appears under its name when it is complete. Returns the count."""
+    path, count = Path(path), 0
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "w", encoding="utf-8", newline="\n") as file:
+        for count, row in enumerate(rows, 1):
+            _check(row, f"{path}:{count}")
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    os.replace(partial, path)
+    return count
+
+
+def read_rows(path) -> list[dict]:
+    """The rows of a manifest with `start` filled in. UserError names file:line, the field and what was expected."""
+    rows = []
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    rows.append(_row(line, f"{path}:{number}"))
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8 text; a manifest is one JSON object a line") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); prepare_data.py writes it") from None
+    return rows
+
+
+def _row(line: str, where: str) -> dict:
+    try:
+        row = json.loads(line)
+    except (json.JSONDecodeError, RecursionError):
+        raise UserError(f"{where}: not a JSON object: {line.strip()[:60]!r}") from None
+    _check(row, where)
+    return {**row, "start": float(row.get("start", 0.0))}
+
+
+def _check(row, where: str) -> None:
+    """Every rule of the format. UserError: `where: field: expected ..., got ...`."""
+    def need(good: bool, name: str, expected: str):
+        if not good:
+            got = repr(row.get(name, "nothing"))[:60] if isinstance(row, dict) else repr(row)[:60]
+            raise UserError(f"{where}: {name}: expected {expected}, got {got}")
+
+    def text(value) -> bool:
+        return isinstance(value, str) and bool(value.strip())
+
+    def number(value) -> bool:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < float("inf")
+
+    need(isinstance(row, dict), "row", "a JSON object")
+    audio = row.get("audio")
+    need(text(audio) and not PurePosixPath(audio).is_absolute() and ".." not in PurePosixPath(audio).parts,
+         "audio", "a path inside the data set")
+    need(text(row.get("task")), "task", "a name such as AudioCaptioning")
+    for name in ("start", "seconds"):
+        need(number(row.get(name, 0)), name, "a number of seconds, 0 or more")
+    forms = [name for name in ("answer", "answers", "turns") if name in row]
+    need(len(forms) == 1, "answer", "exactly one of answer, answers, turns")
+    if forms == ["turns"]:
+        turns = row["turns"]
+        need(isinstance(turns, list) and turns and all(
+            isinstance(turn, dict) and text(turn.get("user")) and text(turn.get("assistant")) for turn in turns),
+            "turns", 'a list of {"user": text, "assistant": text}')
+    else:
+        need(text(row.get("prompt")), "prompt", "text")
+        answers = row["answers"] if forms == ["answers"] else [row["answer"]]
+        need(isinstance(answers, list) and answers and all(map(text, answers)), forms[0],
+             "text" if forms == ["answer"] else "a list of texts")
+    need(isinstance(row.get("shots", []), list), "shots", "a list of row numbers")
+
+
+@contextlib.contextmanager
+def dataset_folder(out) -> Iterator[Path]:
+    """A new folder to fill; it gets the name `out` when the block ends well, and vanishes otherwise.
+
+    An older data set of that name is replaced; a folder that is no data set (no card.json) is never touched: UserError.
+    """
+    out = Path(out)
+    if out.exists() and not (out / CARD).is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: exists and is not a prepared data set; give another --out or move it away")
+    partial, old = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.old")
+    for left_over in (partial, old):
+        shutil.rmtree(left_over, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        assert (partial / CARD).is_file(), f"got no {CARD} in {partial}, expected write_card to be called last"
+        if out.exists():
+            os.replace(out, old)
+        os.replace(partial, out)
+    finally:
+        for left_over in (partial, old):
+            shutil.rmtree(left_over, ignore_errors=True)
+
+
+def write_card(folder, **facts) -> dict:
+    """Write card.json, last of all: `facts` (source, licence, ...), rows per split and task, hours, and the hash of all files."""
+    folder = Path(folder)
+    splits, spans = {}, {}
+    for split in SPLITS:
+        rows = read_rows(folder / f"{split}.jsonl") if (folder / f"{split}.jsonl").is_file() else []
+        splits[split] = {"rows": len(rows), "tasks": dict(sorted(Counter(row["task"] for row in rows).items()))}
+        spans |= {(row["audio"], row["start"]): row["seconds"] for row in rows if "seconds" in row}
+    card = {**facts, "splits": splits, "hours": round(sum(spans.values()) / 3600, 4), "sha256": dataset_hash(folder)}
+    partial = folder / (CARD + ".partial")
+    partial.write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(partial, folder / CARD)
+    return card
+
+
+def read_card(folder) -> dict:
+    """The card of a whole data set; UserError where there is none."""
+    path = Path(folder) / CARD
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise UserError(f"{folder}: no prepared data set there ({CARD} is missing); run prepare_data.py first") from None
+    except (UnicodeDecodeError, json.JSONDecodeError):
+        raise UserError(f"{path}: not JSON; run prepare_data.py again") from None
+
+
+def dataset_hash(folder) -> str:
+    """sha256 over (name, size, bytes) of every file but card.json, in the order of their names."""
+    folder, digest = Path(folder), hashlib.sha256()
+    files = sorted((path.relative_to(folder).as_posix(), path) for path in folder.rglob("*") if path.is_file())
+    for name, path in files:
+        if name not in (CARD, CARD + ".partial"):
+            digest.update(f"{name}\0{path.stat().st_size}\0".encode())
+            with open(path, "rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+    return digest.hexdigest()
