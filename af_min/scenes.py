@@ -1,0 +1,337 @@
+"""The embedded data set `scenes`: recordings whose content is known exactly, and every kind of question about them.
+
+A scene is one to five sound events (synth.py) in a known order, with pauses and background noise. A clip is one event alone. A
+texture is a scene of unnamed sounds that only the window encoder's training hears. Written are, for each split,
+
+    WindowText               captions of single windows, for `train.py --stage clap`
+    AudioCaptioning, ...     questions about scenes (the table `QUESTIONS`)
+    Dialogue                 two to four turns, in which "it" is the sound named last
+    FewShot                  clips named with made-up words: only the shots tell which word is which sound
+
+Made-up words of the test split and six sound classes occur nowhere in training. Where an answer could be had by a shortcut the
+test is built against it: answers are balanced, "what comes after X" has neither the first nor the last sound as its answer.
+"""
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import soundfile
+
+from .synth import CLASSES, RATE, TRAIN_CLASSES, UNSEEN_CLASSES, Patch, describe, random_patch, render
+
+NUMBERS = ("zero", "one", "two", "three", "four", "five")
+MAX_SECONDS = 5.2           # of a scene: 24 windows of 0.8 s, 0.2 s apart, reach 5.4 s
+PITCH = {"low": 0.67, "high": 1.5}
+LENGTH = {"short": (0.22, 0.36), "long": (0.58, 0.8)}  # seconds
+WINDOW = 0.8                # seconds of a captioned window
+
+
+@dataclass(frozen=True)
+class Event:
+    name: str               # class, or the description of a texture
+    pitch: str
+    length: str
+    start: float            # seconds
+    end: float
+
+
+# ---------------------------------------------------------------------- recordings
+
+def compose(sounds: list[tuple[str, Patch]], rng: np.random.Generator) -> tuple[np.ndarray, list[Event]]:
+    """Sounds in their order -> waveform float32 (samples,), events. Too long a draw is drawn again."""
+    while True:
+        at, events, pieces = rng.uniform(0.02, 0.25), [], []
+        for name, patch in sounds:
+            pitch, length = str(rng.choice(list(PITCH))), str(rng.choice(list(LENGTH)))
+            seconds = rng.uniform(*LENGTH[length])
+            events.append(Event(name, pitch, length, at, at + seconds))
+            pieces.append((patch, seconds, PITCH[pitch] if name in CLASSES else 1.0))
+            at += seconds + rng.uniform(0.1, 0.35)
+        if events[-1].end + 0.1 <= MAX_SECONDS:
+            break
+    wave = np.zeros(round(max(at, 0.5) * RATE) + 1, np.float32)
+    for event, piece in zip(events, pieces):
+        first = round(event.start * RATE)
+        sound = render(*piece, rng) * 10 ** (-rng.uniform(0, 10) / 20)
+        wave[first:first + len(sound)] += sound[:len(wave) - first]
+    wave += 10 ** (-rng.uniform(30, 42) / 20) * rng.standard_normal(len(wave)).astype(np.float32)
+    return wave / np.abs(wave).max(), events
+
+
+def draw_names(count: int, rng: np.random.Generator) -> list[str]:
+    """Two scenes of five hold every class at most once, three repeat one or two of them."""
+    names = list(TRAIN_CLASSES)
+    if rng.random() < 0.4:
+        return [str(n) for n in rng.choice(names, count, replace=False)]
+    return [str(n) for n in rng.choice(rng.choice(names, 2, replace=False), count)]
+
+
+def window_text(events: list[Event], start: float, patches: dict[str, Patch], rng: np.random.Generator) -> str:
+    """Caption of one window: its events in order, and for each whether the window cuts it."""
+    parts = []
+    for e in events:
+        if min(e.end, start + WINDOW) - max(e.start, start) < 0.06:
+            continue
+        cut = {(True, True): e.length, (True, False): "start of", (False, True): "end of", (False, False): "middle of"}[
+            e.start >= start - 0.03, e.end <= start + WINDOW + 0.03]
+        name = e.name if e.name not in patches else f"{e.pitch} {e.name}" if rng.random() < 0.7 else describe(patches[e.name])
+        parts.append(f"{cut} {name}")
+    return ", ".join(parts) or "silence"
+
+
+# ---------------------------------------------------------------------- questions about scenes
+
+def once(events: list[Event]) -> list[int]:
+    """Positions of the events whose class occurs once: "the bell" then means one thing."""
+    names = [e.name for e in events]
+    return [i for i, name in enumerate(names) if names.count(name) == 1]
+
+
+def ask_caption(events, rng):
+    yield "describe the sounds.", " then ".join(e.name for e in events)
+
+
+def ask_presence(events, rng):
+    present = sorted({e.name for e in events})
+    yield f"is there a {rng.choice(present)}?", "yes"
+    yield f"is there a {rng.choice([n for n in TRAIN_CLASSES if n not in present])}?", "no"
+
+
+def ask_count(events, rng):
+    yield "how many sounds are there?", NUMBERS[len(events)]
+
+
+def ask_count_of(events, rng):
+    names = [e.name for e in events]
+    by_count = defaultdict(list)
+    for name in sorted(set(names)):
+        by_count[names.count(name)].append(name)
+    by_count[0] = [n for n in TRAIN_CLASSES if n not in names]
+    for count in by_count:
+        if count <= 3:
+            yield f"how many times does the {rng.choice(by_count[count])} occur?", NUMBERS[count]
+
+
+def ask_after(events, rng):
+    for i in once(events[:-1]) if len(events) > 1 else []:
+        if events[i].name != events[-1].name:
+            yield f"what comes after the {events[i].name}?", events[i + 1].name
+
+
+def ask_before(events, rng):
+    for i in once(events):
+        if i:
+            yield f"what comes before the {events[i].name}?", events[i - 1].name
+
+
+def ask_pitch(events, rng):
+    for i in once(events):
+        yield f"is the {events[i].name} high or low?", events[i].pitch
+
+
+def ask_length(events, rng):
+    for i in once(events):
+        yield f"is the {events[i].name} short or long?", events[i].length
+
+
+QUESTIONS = {  # task: (question maker, at most so many a training scene)
+    "AudioCaptioning": (ask_caption, 1), "Presence": (ask_presence, 2), "Count": (ask_count, 1), "CountOf": (ask_count_of, 2),
+    "After": (ask_after, 2), "Before": (ask_before, 1), "Pitch": (ask_pitch, 1), "Length": (ask_length, 1)}
+
+
+def dialogue(events: list[Event], rng: np.random.Generator) -> list[dict]:
+    """Two to four turns; "it" is the sound that was named last."""
+    turns, unique = [], once(events)
+    start = int(rng.integers(3))
+    if start == 0:
+        at, question = 0, "what is the first sound?"
+    elif start == 1:
+        at, question = len(events) - 1, "what is the last sound?"
+    else:
+        turns.append(("how many sounds are there?", NUMBERS[len(events)]))
+        at, question = 0, "which comes first?"
+    turns.append((question, events[at].name))
+    for _ in range(int(rng.integers(1, 4))):
+        choices = []
+        if at in unique:
+            choices += [("is it high or low?", events[at].pitch, at), ("is it short or long?", events[at].length, at)]
+            if at + 1 < len(events):
+                choices += [("what comes after it?", events[at + 1].name, at + 1)] * 2
+            if at > 0:
+                choices += [("what comes before it?", events[at - 1].name, at - 1)] * 2
+        choices += [("how many times does it occur?", NUMBERS[[e.name for e in events].count(events[at].name)], at)]
+        choices = [c for c in choices if all(c[0] != q for q, _ in turns) or c[2] != at]
+        if not choices:
+            break
+        question, answer, at = choices[int(rng.integers(len(choices)))]
+        turns.append((question, answer))
+    return [{"user": q, "assistant": a} for q, a in turns[:4]]
+
+
+# ---------------------------------------------------------------------- few-shot episodes
+
+def made_up_word(split: str, rng: np.random.Generator) -> str:
+    """Two or three syllables. A hash assigns every word to one split: a word of the test split occurs nowhere else."""
+    while True:
+        word = "".join(rng.choice(list("bdfgklmnprstvz")) + rng.choice(list("aeiou")) for _ in range(2 + (rng.random() < 0.3)))
+        if (hashlib.sha256(word.encode()).digest()[0] < 51) == (split == "test"):
+            return word
+
+
+def episode(clips: dict[str, list[str]], names: list[str], extra: int, split: str, rng: np.random.Generator) -> dict:
+    """Shots of the given classes (each once, then `extra` more at random), a query of one of them, made-up words as names.
+
+    A word that no earlier shot has introduced cannot be inferred: its shot carries "loss": false.
+    """
+    words: dict[str, str] = {}
+    for name in names:
+        while (word := made_up_word(split, rng)) in words.values():
+            pass
+        words[name] = word
+    order = list(rng.permutation(list(names))) + [str(rng.choice(names)) for _ in range(extra + 1)]
+    used: dict[str, list[str]] = {n: list(rng.permutation(clips[n])) for n in names}
+    shots, known = [], set()
+    for name in order:
+        shots.append({"audio": str(used[name].pop()), "prompt": "classify this sound.", "answer": words[name],
+                      "loss": name in known, "seconds": 1.0})
+        known.add(name)
+    query = shots.pop()
+    return {**query, "task": "FewShot", "shots": [{k: v for k, v in s.items() if k != "seconds"} for s in shots]}
+
+
+# ---------------------------------------------------------------------- the data set
+
+@dataclass(frozen=True)
+class Sizes:
+    train: int = 3600       # scenes
+    val: int = 120
+    test: int = 2100
+    textures: int = 1200
+    clips: int = 60         # of every class in train (20 classes); half as many in test (26 classes)
+    episodes: int = 7000    # in train; test has 1050 of each kind
+    test_items: int = 1050  # of every question in test
+
+
+class Writer:
+    """Writes recordings into `folder`/audio; every recording has its own random generator, so that any order gives the same."""
+
+    def __init__(self, folder: Path, seed: int):
+        self.folder, self.seed = folder, seed
+        (folder / "audio").mkdir(parents=True, exist_ok=True)
+
+    def rng(self, kind: str, index: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, int.from_bytes(kind.encode(), "little") % 2 ** 32, index])
+
+    def save(self, name: str, wave: np.ndarray) -> str:
+        soundfile.write(self.folder / "audio" / f"{name}.wav", wave, RATE, subtype="PCM_16")
+        return f"audio/{name}.wav"
+
+
+def scene_rows(writer: Writer, split: str, index: int) -> list[dict]:
+    rng = writer.rng(f"{split}-scene", index)
+    wave, events = compose([(n, CLASSES[n]) for n in draw_names(1 + index % 5, rng)], rng)
+    head = {"audio": writer.save(f"{split}-{index:05d}", wave), "start": 0.0, "seconds": round(len(wave) / RATE, 3)}
+    rows = []
+    for task, (make, most) in QUESTIONS.items():
+        asked = list(make(events, rng))
+        if split == "train" and len(asked) > most:
+            weight = np.array([3.0 if a in ("two", "three") else 1.0 for _, a in asked])    # high counts are rare
+            asked = [asked[i] for i in rng.choice(len(asked), most, replace=False, p=weight / weight.sum())]
+        if split == "test" and task == "After":
+            ends = {events[0].name, events[-1].name}
+            asked = [(q, a) for q, a in asked if a not in ends]
+        rows += [{**head, "task": task, "prompt": q, "answer": a} for q, a in asked]
+    rows.append({**head, "task": "Dialogue", "turns": dialogue(events, rng)})
+    if split == "train":
+        rows += window_rows(head, events, TRAIN_CLASSES, 4, rng)
+    return rows
+
+
+def window_rows(head: dict, events: list[Event], patches: dict[str, Patch], count: int, rng: np.random.Generator) -> list[dict]:
+    """Captions of `count` windows of one recording, at random places of at least one window's length."""
+    starts = np.sort(rng.uniform(0, max(0.0, head["seconds"] - WINDOW), count)).round(3)
+    return [{**head, "start": float(s), "seconds": WINDOW, "task": "WindowText", "prompt": "",
+             "answer": window_text(events, float(s), patches, rng)} for s in starts]
+
+
+def texture_rows(writer: Writer, index: int) -> list[dict]:
+    rng = writer.rng("texture", index)
+    sounds = [(describe(p), p) for p in (random_patch(rng) for _ in range(1 + index % 4))]
+    wave, events = compose(sounds, rng)
+    head = {"audio": writer.save(f"texture-{index:05d}", wave), "start": 0.0, "seconds": round(len(wave) / RATE, 3)}
+    return window_rows(head, events, {}, 4, rng)
+
+
+def balanced(rows: list[dict], count: int, rng: np.random.Generator, even: bool) -> list[dict]:
+    """`count` rows, at most; with `even`, as many of each answer."""
+    rows = [rows[i] for i in rng.permutation(len(rows))]
+    if not even:
+        return rows[:count]
+    groups = defaultdict(list)
+    for row in rows:
+        groups[row["answer"]].append(row)
+    each = min(min(map(len, groups.values())), -(-count // len(groups)))
+    return [row for answer in sorted(groups) for row in groups[answer][:each]]
+
+
+def make_clips(writer: Writer, split: str, classes: dict[str, Patch], count: int) -> dict[str, list[str]]:
+    clips = {}
+    for name, patch in classes.items():
+        clips[name] = []
+        for index in range(count):
+            rng = writer.rng(f"{split}-{name}", index)
+            clips[name].append(writer.save(f"{split}-{name}-{index:03d}", compose([(name, patch)], rng)[0]))
+    return clips
+
+
+def pool_rows(clips: dict[str, list[str]], names: list[str], count: int, rng: np.random.Generator) -> list[dict]:
+    """Queries with a pool of twelve named clips, one a class, to draw shots from: eleven of the twelve are distractors."""
+    rows = []
+    for _ in range(count):
+        drawn = [str(n) for n in rng.choice(names, 12, replace=False)]
+        row = episode(clips, drawn, 0, "test", rng)
+        rows.append({**{k: v for k, v in row.items() if k != "shots"}, "task": "Pool", "pool": row["shots"]})
+    return rows
+
+
+def build(folder: Path, seed: int = 0, sizes: Sizes = Sizes(), progress=lambda rows: rows) -> dict[str, list[dict]]:
+    """Write all recordings below `folder` and return the rows of each split. `progress` wraps the loop over scenes."""
+    writer, rng = Writer(folder, seed), np.random.default_rng([seed, 1])
+    rows: dict[str, list[dict]] = {"train": [], "val": [], "test": []}
+    jobs = [(split, i) for split in rows for i in range(getattr(sizes, split))] + [("texture", i) for i in range(sizes.textures)]
+    for split, index in progress(jobs):
+        if split == "texture":
+            rows["train"] += texture_rows(writer, index)
+        else:
+            rows[split] += scene_rows(writer, split, index)
+    clips = make_clips(writer, "train", TRAIN_CLASSES, sizes.clips)
+    for _ in range(sizes.episodes):
+        ways = int(rng.integers(2, 6))
+        names = [str(n) for n in rng.choice(list(TRAIN_CLASSES), ways, replace=False)]
+        rows["train"].append(episode(clips, names, int(rng.integers(0, 9 - ways)), "train", rng))
+    for name, files in clips.items():
+        rows["train"] += [{"audio": f, "start": 0.0, "seconds": 1.0, "task": "AudioClassification", "answer": name,
+                           "prompt": options_prompt(name, rng)} for f in files]
+    clips = make_clips(writer, "test", CLASSES, max(10, sizes.clips // 2))
+    test = defaultdict(list)
+    for row in rows["test"]:
+        test[row["task"]].append(row)
+    even = {"Presence", "Count", "CountOf", "Pitch", "Length"}
+    rows["test"] = [r for task in test for r in balanced(test[task], sizes.test_items, rng, task in even)]
+    for task, classes in (("FewShotSeen", TRAIN_CLASSES), ("FewShotUnseen", UNSEEN_CLASSES)):
+        for _ in range(sizes.test_items):
+            names = [str(n) for n in rng.choice(list(classes), 4, replace=False)]
+            rows["test"].append({**episode(clips, names, 0, "test", rng), "task": task})
+    rows["test"] += pool_rows(clips, list(CLASSES), sizes.test_items, rng)
+    return rows
+
+
+def options_prompt(answer: str, rng: np.random.Generator) -> str:
+    """A closed-set question in the paper's form: four options, the answer among them."""
+    others = rng.choice([n for n in TRAIN_CLASSES if n != answer], 3, replace=False)
+    options = [str(n) for n in rng.permutation([answer, *others])]
+    return "classify this sound.\noptions:\n" + "\n".join(f" - {o}." for o in options)

@@ -1,0 +1,173 @@
+"""Step 7 of the walk, the last: text in, token ids and labels out. Tokenizer, special tokens, the paper's templates.
+
+    single       <s>{prefix}<audio>{instruction}\\nAnswer:<SEP>{answer}<|endofchunk|></s>
+    interleaved  <s>Here are similar examples. {prefix}<audio>{i_1}\\nAnswer:<SEP>{y_1}<|endofchunk|><audio>{i_2}...<|endofchunk|></s>
+    dialogue     <s>{prefix}<audio>user: {q_1} \\nassistant: <SEP>{a_1}<|endofchunk|></s>\\nuser: {q_2} \\nassistant: <SEP>...
+
+Supervised are the tokens after each <SEP> through <|endofchunk|>, and </s>; never the first two tokens, a prompt, <audio> or
+<SEP>. Special tokens are put in as ids, between pieces of text that are tokenized for themselves: whatever a user types,
+"<audio>" included, stays text.
+"""
+from __future__ import annotations
+
+import io
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import sentencepiece
+
+from .cli import UserError
+
+IGNORE = -100                        # label of a position that is not supervised
+
+PREFIXES = {                         # the one table of task prefixes: training, evaluation and sample.py read it
+    "AudioCaptioning": "The task is audio captioning. ",
+    "AQA": "The task is audio question answering. ",
+    "AudioClassification": "The task is sound classification. ",
+    "Dialogue": "The task is dialog. ",
+    "FewShot": "The task is sound classification. ",
+}
+SAME_AS = {                          # tasks that are asked under another one's prefix
+    **dict.fromkeys(("Presence", "Count", "CountOf", "After", "Before", "Pitch", "Length"), "AQA"),
+    **dict.fromkeys(("FewShotSeen", "FewShotUnseen", "Pool"), "FewShot"),
+}
+SHOTS_PREFIX = "Here are similar examples. "
+
+
+def prefix(task: str) -> str:
+    """The task's prefix; a task that the table does not know has none."""
+    return PREFIXES.get(SAME_AS.get(task, task), "")
+
+
+class Tokenizer:
+    """sentencepiece for text; ids of the special tokens lie beyond its vocabulary, where no text can reach them."""
+
+    def __init__(self, model: bytes):
+        self.model = model
+        self.pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+        self.pad_id, self.bos_id, self.eos_id = (self.pieces.vocab_size() + i for i in range(3))
+        self.audio_id, self.eoc_id, self.sep_id = (self.pieces.vocab_size() + i for i in range(3, 6))
+        self.vocab_size = self.pieces.vocab_size() + 6
+
+    @classmethod
+    def train(cls, lines: Iterable[str], vocab_size: int) -> "Tokenizer":
+        """A unigram tokenizer of `vocab_size` ids, special ones included. Every byte has a piece: no text is unknown."""
+        out = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines), model_writer=out, vocab_size=vocab_size - 6, model_type="unigram", byte_fallback=True,
+            normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=False,
+            user_defined_symbols=["\n"], bos_id=-1, eos_id=-1, pad_id=-1, hard_vocab_limit=False, num_threads=1,
+            split_digits=True, minloglevel=2)
+        return cls(out.getvalue())
+
+    @classmethod
+    def load(cls, path: Path) -> "Tokenizer":
+        try:
+            return cls(Path(path).read_bytes())
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"{path}: not a sentencepiece model ({error}); every run folder holds its tokenizer.model") from None
+
+    def save(self, path: Path) -> None:
+        with tempfile.NamedTemporaryFile(dir=Path(path).parent, delete=False) as file:
+            file.write(self.model)
+        Path(file.name).rename(path)
+
+    def encode(self, text: str) -> list[int]:
+        return self.pieces.encode(text)
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of the ids; special tokens are left out."""
+        return self.pieces.decode([i for i in ids if i < self.pieces.vocab_size()])
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One training sequence: token ids, their labels (IGNORE where nothing is supervised), the audio of each <audio>."""
+    ids: list[int]
+    labels: list[int]
+    audios: tuple[str, ...]
+
+
+class Writer:
+    """Puts a sequence together piece by piece; what is put in as an answer is supervised."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer, self.ids, self.labels = tokenizer, [tokenizer.bos_id], [IGNORE]
+
+    def special(self, token: int, supervised: bool = False) -> None:
+        self.ids.append(token)
+        self.labels.append(token if supervised and len(self.ids) > 2 else IGNORE)
+
+    def prompt(self, text: str) -> None:
+        ids = self.tokenizer.encode(text)
+        self.ids += ids
+        self.labels += [IGNORE] * len(ids)
+
+    def answer(self, text: str, supervised: bool = True) -> None:
+        self.special(self.tokenizer.sep_id)
+        ids = self.tokenizer.encode(text) + [self.tokenizer.eoc_id]
+        self.ids += ids
+        self.labels += ids if supervised else [IGNORE] * len(ids)
+
+    def sound(self, audio: str | None, described: bool, row: dict) -> None:
+        """<audio>, or, for text-only training, the description of what is heard."""
+        if not described:
+            self.special(self.tokenizer.audio_id)
+        elif row.get("description"):
+            self.prompt(row["description"] + ".\n")
+
+
+def write_sample(tokenizer: Tokenizer, row: dict, described: bool = False, complete: bool = True,
+                 max_tokens: int | None = None) -> Sample:
+    """One manifest row -> one sequence by the templates above.
+
+    described: write the sounds' descriptions in the place of <audio> (text-only training of the LM).
+    complete:  False ends after the last <SEP>: the model is to answer.
+    max_tokens: cut there; an answer that is cut is not supervised at all.
+    """
+    w = Writer(tokenizer)
+    shots = [] if "turns" in row else row.get("shots", [])
+    w.prompt((SHOTS_PREFIX if shots else "") + prefix(row.get("task", "")))
+    if "turns" in row:
+        w.sound(row.get("audio"), described, row)
+        for i, turn in enumerate(row["turns"]):
+            w.prompt(("\n" if i else "") + f"user: {turn['user'].lower()} \nassistant: ")
+            if i + 1 == len(row["turns"]) and not complete:
+                w.special(tokenizer.sep_id)
+                break
+            w.answer(turn["assistant"].lower(), turn.get("loss", True))
+            w.special(tokenizer.eos_id, supervised=turn.get("loss", True))
+    else:
+        for part in [*shots, row]:
+            w.sound(part.get("audio"), described, part)
+            w.prompt(part["prompt"].lower() + "\nAnswer:")
+            if part is row and not complete:
+                w.special(tokenizer.sep_id)
+                break
+            w.answer(part["answer"].lower(), part.get("loss", True))
+        if complete:
+            w.special(tokenizer.eos_id, supervised=True)
+    audios = () if described else tuple(p["audio"] for p in [*shots, row] if p.get("audio"))
+    ids, labels = cut(w.ids, w.labels, tokenizer.eoc_id, max_tokens)
+    return Sample(ids, labels, audios[:ids.count(tokenizer.audio_id)])
+
+
+def cut(ids: list[int], labels: list[int], eoc_id: int, max_tokens: int | None) -> tuple[list[int], list[int]]:
+    """The first `max_tokens`; an answer whose <|endofchunk|> fell off is masked whole."""
+    if max_tokens is None or len(ids) <= max_tokens:
+        return ids, labels
+    ids, labels = ids[:max_tokens], labels[:max_tokens]
+    for t in reversed(range(max_tokens)):
+        if labels[t] == IGNORE or labels[t] == eoc_id or t + 1 < max_tokens and labels[t + 1] == IGNORE:
+            break
+        labels[t] = IGNORE
+    return ids, labels
+
+
+def question(task: str, prompt: str, options: list[str] | None = None) -> dict:
+    """A row that asks `prompt`; closed-set questions list their options as the paper does."""
+    if options:
+        prompt += "\noptions:\n" + "\n".join(f" - {option}." for option in options)
+    return {"task": task, "prompt": prompt, "answer": ""}
