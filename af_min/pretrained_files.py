@@ -1,0 +1,161 @@
+"""Files of weights, read one tensor at a time. Part of pretrained.py; read by the other pretrained_*.py.
+
+A published checkpoint can be larger than memory has room for twice, and its numbers are often wider than we want them.
+So a file is opened as a list of (name, dtype, shape, place), and a tensor's bytes are read when it is asked for, straight
+into memory of its own: the peak is the target plus one tensor, and no page of a mapped file counts on top.
+
+    safetensors    8 bytes length n, n bytes JSON {name: {dtype, shape, data_offsets}}, then the numbers
+    .pt .pth .bin  torch.save's zip; the places come from torch.load on fake tensors, with weights_only=True, so that
+                   nothing in a stranger's file is executed
+"""
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from .cli import UserError
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+          "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a file."""
+    path: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int                      # byte of the file at which its numbers begin; -1: they are in `held`
+    held: Tensor | None = None       # numbers that could not be left in the file (old or unusual layouts)
+
+    def read(self, dtype: torch.dtype | None = None) -> Tensor:
+        """A tensor of its own; floating-point numbers are converted to `dtype`."""
+        tensor = self.held.clone() if self.held is not None else self._from_file()
+        return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+
+    def _from_file(self) -> Tensor:
+        size = math.prod(self.shape) * self.dtype.itemsize
+        raw = torch.empty(size, dtype=torch.uint8)
+        with open(self.path, "rb") as file:
+            file.seek(self.offset)
+            got = file.readinto(memoryview(raw.numpy())) if size else 0
+        if got != size:
+            raise UserError(f"{self.path}: truncated: a tensor of {size} bytes has only {got}; copy or download the file again")
+        return raw.view(self.dtype).reshape(self.shape)
+
+
+def open_file(path: Path) -> dict[str, Entry]:
+    """The tensors of one .safetensors, .pt, .pth or .bin file, by name. UserError if it is none of these, or damaged."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    with open(path, "rb") as file:
+        head = file.read(9)
+    if head[:4] == b"PK\x03\x04" or path.suffix in (".pt", ".pth", ".bin"):
+        return open_torch(path)
+    if path.suffix == ".safetensors" or head[8:9] == b"{":
+        return open_safetensors(path)
+    raise UserError(f"{path}: begins with {head[:4]!r}; expected weights: a .safetensors file, or a .pt, .pth or .bin file "
+                    "of torch.save")
+
+
+def open_safetensors(path: Path) -> dict[str, Entry]:
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        prefix = file.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
+        if length + 8 > size:
+            raise UserError(f"{path}: not a safetensors file, or a truncated one: {size} bytes, but its header would end at "
+                            f"byte {length + 8}; copy or download it again")
+        try:
+            header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            ends = {name: value["data_offsets"][1] for name, value in header.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}: its safetensors header is damaged ({error}); copy or download it again") from None
+    end = 8 + length + max(ends.values(), default=0)
+    if end > size:
+        raise UserError(f"{path}: truncated: {size} bytes, but its header speaks of {end}; copy or download it again")
+    odd = sorted({value["dtype"] for value in header.values()} - set(DTYPES))
+    if odd:
+        raise UserError(f"{path}: holds numbers of type {odd[0]}; expected {', '.join(DTYPES)} (quantised weights are not read)")
+    return {name: Entry(path, DTYPES[value["dtype"]], tuple(value["shape"]), 8 + length + value["data_offsets"][0])
+            for name, value in header.items()}
+
+
+def open_torch(path: Path) -> dict[str, Entry]:
+    """A file of torch.save: a state dict, or one inside {"model_state_dict" | "state_dict" | "model": ...}."""
+    try:
+        with FakeTensorMode():
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        if any(tensor.untyped_storage()._checkpoint_offset is None or not tensor.is_contiguous()
+               for tensor in tensors_of(content).values()):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch raises many types here, one for each way a file can be broken
+        reason = str(error).strip().split("\n")[0][:150] or type(error).__name__
+        raise UserError(f"{path}: torch.load (weights_only=True) cannot read it: {reason}; expected a complete file of "
+                        "torch.save that holds tensors only") from None
+    found = tensors_of(content)
+    if not found:
+        raise UserError(f"{path}: holds no tensors; expected a state dict, as torch.save(model.state_dict(), ...) writes it")
+    return {name: place(path, tensor) for name, tensor in found.items()}
+
+
+def tensors_of(content) -> dict[str, Tensor]:
+    """The named tensors of a loaded object."""
+    for key in ("model_state_dict", "state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    return {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, dict) else {}
+
+
+def place(path: Path, tensor: Tensor) -> Entry:
+    offset = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
+    if offset is None or not tensor.is_contiguous():
+        return Entry(path, tensor.dtype, tuple(tensor.shape), -1, tensor)
+    return Entry(path, tensor.dtype, tuple(tensor.shape), offset + tensor.storage_offset() * tensor.element_size())
+
+
+def seems(names: Iterable[str]) -> str:
+    """What a file with these tensor names seems to be: the second half of many an error message."""
+    names = set(names)
+    for what, mark in (("a released Audio Flamingo checkpoint", "gated_cross_attn_layer"),
+                       ("a CLAP checkpoint", "htsat"), ("a CLAP checkpoint", "audio_encoder.base"),
+                       ("an OPT language model", "decoder.embed_positions"),
+                       ("a Llama or Qwen2 language model", "self_attn.q_proj"),
+                       ("a run of this project", "representation.layers"),
+                       ("a GPT-2 language model", "attn.c_attn"), ("a BERT or RoBERTa model", "attention.self.query")):
+        if any(mark in name for name in names):
+            return "it seems to be " + what
+    return f"it holds {len(names)} tensors, such as {', '.join(sorted(names)[:3]) or 'none'}"
+
+
+def read_table(entries: dict[str, Entry], table: dict[str, str], shapes: dict[str, tuple[int, ...]], where: str, wanted: str,
+               dtype: torch.dtype | None, ignore: Callable[[str], bool] = lambda name: False) -> dict[str, Tensor]:
+    """Our state dict, {ours: tensor}, out of a file's `entries`: strict both ways.
+
+    table   {our name: name in the file}, complete
+    shapes  {our name: shape}, as the model that will take the tensors has them
+    ignore  whether a name of the file is known and not wanted (a buffer, a duplicate)
+    UserError names the first tensor that is missing, unexpected or misshapen, and says what the file seems to be.
+    """
+    assert set(table) == set(shapes), f"key table and model differ: {sorted(set(table) ^ set(shapes))[:3]}"
+    missing = [theirs for theirs in table.values() if theirs not in entries]
+    unexpected = sorted(name for name in set(entries) - set(table.values()) if not ignore(name))
+    for problem, found in (("is missing", missing), ("is unexpected", unexpected)):
+        if found:
+            more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+            raise UserError(f"{where}: tensor {found[0]!r} {problem}{more}; expected {wanted}, but {seems(entries)}")
+    for ours, theirs in table.items():
+        if entries[theirs].shape != tuple(shapes[ours]):
+            raise UserError(f"{where}: tensor {theirs!r} has shape {entries[theirs].shape}, expected {tuple(shapes[ours])} "
+                            f"of {wanted}")
+    return {ours: entries[theirs].read(dtype) for ours, theirs in table.items()}

@@ -1,0 +1,175 @@
+"""Hugging Face folders of language models -> lm.LM, without transformers. Part of pretrained.py.
+
+A folder holds config.json and the weights: model.safetensors, or shards of it listed in model.safetensors.index.json, or
+the same as pytorch_model.bin. Two families are read: OPT, and Llama with Qwen2. What their settings can say and `lm.LM`
+cannot do (scaled rotary angles, sliding windows, post-norm layers) is an error here, not a wrong logit later.
+"""
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .cli import UserError
+from .config import LMConfig
+from .lm import LM
+from .pretrained_files import Entry, open_file, read_table
+
+# Our name -> the name in the file. {i} stands for the layer, {p} for weight and bias.
+OPT_TABLE = {
+    "embed.weight": "model.decoder.embed_tokens.weight",
+    "positions.weight": "model.decoder.embed_positions.weight",
+    "norm.{p}": "model.decoder.final_layer_norm.{p}",
+    "head.weight": "lm_head.weight",
+    "layers.{i}.attention_norm.{p}": "model.decoder.layers.{i}.self_attn_layer_norm.{p}",
+    "layers.{i}.attention.q.{p}": "model.decoder.layers.{i}.self_attn.q_proj.{p}",
+    "layers.{i}.attention.k.{p}": "model.decoder.layers.{i}.self_attn.k_proj.{p}",
+    "layers.{i}.attention.v.{p}": "model.decoder.layers.{i}.self_attn.v_proj.{p}",
+    "layers.{i}.attention.out.{p}": "model.decoder.layers.{i}.self_attn.out_proj.{p}",
+    "layers.{i}.mlp_norm.{p}": "model.decoder.layers.{i}.final_layer_norm.{p}",
+    "layers.{i}.mlp.up.{p}": "model.decoder.layers.{i}.fc1.{p}",
+    "layers.{i}.mlp.down.{p}": "model.decoder.layers.{i}.fc2.{p}",
+}
+LLAMA_TABLE = {
+    "embed.weight": "model.embed_tokens.weight",
+    "norm.{p}": "model.norm.{p}",
+    "head.weight": "lm_head.weight",
+    "layers.{i}.attention_norm.{p}": "model.layers.{i}.input_layernorm.{p}",
+    "layers.{i}.attention.q.{p}": "model.layers.{i}.self_attn.q_proj.{p}",
+    "layers.{i}.attention.k.{p}": "model.layers.{i}.self_attn.k_proj.{p}",
+    "layers.{i}.attention.v.{p}": "model.layers.{i}.self_attn.v_proj.{p}",
+    "layers.{i}.attention.out.{p}": "model.layers.{i}.self_attn.o_proj.{p}",
+    "layers.{i}.mlp_norm.{p}": "model.layers.{i}.post_attention_layernorm.{p}",
+    "layers.{i}.mlp.gate.{p}": "model.layers.{i}.mlp.gate_proj.{p}",
+    "layers.{i}.mlp.up.{p}": "model.layers.{i}.mlp.up_proj.{p}",
+    "layers.{i}.mlp.down.{p}": "model.layers.{i}.mlp.down_proj.{p}",
+}
+TABLES = {"opt": OPT_TABLE, "llama": LLAMA_TABLE, "qwen2": LLAMA_TABLE}
+BUFFERS = ("rotary_emb.inv_freq", "decoder.version")       # in old files; computed here
+
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+def shapes_of(module: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+
+
+def expand(table: dict[str, str], ours: dict[str, tuple[int, ...]], layers: int) -> dict[str, str]:
+    """The table with {i} and {p} written out, cut to the names that the model has (biases and heads are settings)."""
+    rows = ((a.format(i=i, p=p), b.format(i=i, p=p)) for a, b in table.items() for i in range(layers) for p in ("weight", "bias"))
+    return {a: b for a, b in rows if a in ours}
+
+
+def load_lm(folder: Path, dtype: torch.dtype = torch.float32) -> LM:
+    """The language model of a Hugging Face folder, in evaluation mode."""
+    config, state = lm_state(folder, dtype)
+    with torch.device("meta"):
+        lm = LM(config)
+    lm.load_state_dict(state, strict=True, assign=True)
+    return lm.eval()
+
+
+def lm_state(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[LMConfig, dict[str, Tensor]]:
+    """Settings and state dict (for lm.LM) of a Hugging Face folder."""
+    folder = Path(folder)
+    values = read_config(folder)
+    entries = open_folder(folder)
+    config = lm_config(values, str(folder / "config.json"))
+    if values["model_type"] == "opt" and not any(name.startswith("model.") for name in entries):
+        entries = {name if name == "lm_head.weight" else "model." + name: entry for name, entry in entries.items()}
+    if config.tied_head and "lm_head.weight" in entries:     # a copy of the embedding, or an untied head after all
+        embedding = entries.get(TABLES[values["model_type"]]["embed.weight"])
+        if embedding is not None and torch.equal(embedding.read(), entries["lm_head.weight"].read()):
+            del entries["lm_head.weight"]
+        else:
+            config = dataclasses.replace(config, tied_head=False)
+    with torch.device("meta"):
+        shapes = shapes_of(LM(config))
+    table = expand(TABLES[values["model_type"]], shapes, config.layers)
+    return config, read_table(entries, table, shapes, str(folder), f"a {values['model_type']} model of {config.layers} layers",
+                              dtype, ignore=lambda name: name.endswith(BUFFERS))
+
+
+def read_config(folder: Path) -> dict:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"{folder}: no config.json; expected the folder of a Hugging Face language model")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error})") from None
+    family = values.get("model_type") if isinstance(values, dict) else None
+    if family not in TABLES:
+        raise UserError(f"{path}: model_type is {family!r}; supported are {', '.join(TABLES)}")
+    return values
+
+
+def open_folder(folder: Path) -> dict[str, Entry]:
+    """All tensors of a folder, whichever way its weights are stored."""
+    name = next((name for name in WEIGHT_FILES if (folder / name).is_file()), None)
+    if name is None:
+        found = ", ".join(sorted(p.name for p in folder.iterdir())[:6]) or "nothing"
+        raise UserError(f"{folder}: no weights: found {found}; expected {' or '.join(WEIGHT_FILES)}")
+    if not name.endswith(".index.json"):
+        return open_file(folder / name)
+    try:
+        weight_map = json.loads((folder / name).read_text(encoding="utf-8"))["weight_map"]
+        shards = sorted(set(weight_map.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder / name}: no usable weight_map ({error!r}); expected {{tensor name: file name}}") from None
+    entries = {}
+    for i, shard in enumerate(shards):
+        if not (folder / shard).is_file():
+            raise UserError(f"{folder / shard}: no such file; {name} lists it as shard {i + 1} of {len(shards)}")
+        entries.update(open_file(folder / shard))
+    lost = sorted(set(weight_map) - set(entries))
+    if lost:
+        raise UserError(f"{folder / weight_map[lost[0]]}: tensor {lost[0]!r} is missing; {name} says it is here")
+    return entries
+
+
+def require(values: dict, where: str, **only) -> None:
+    """UserError unless each setting is absent or has one of the values that lm.LM implements."""
+    for key, allowed in only.items():
+        if key in values and values[key] not in allowed:
+            raise UserError(f"{where}: {key} is {values[key]!r}; supported is {' or '.join(map(repr, allowed))}")
+
+
+def lm_config(values: dict, where: str) -> LMConfig:
+    """Our settings from a Hugging Face config.json, old and new spellings."""
+    try:
+        return opt_config(values, where) if values["model_type"] == "opt" else llama_config(values, where)
+    except KeyError as error:
+        raise UserError(f"{where}: setting {error} is missing") from None
+    except (TypeError, ZeroDivisionError) as error:
+        raise UserError(f"{where}: a setting has an unusable value ({error})") from None
+
+
+def opt_config(values: dict, where: str) -> LMConfig:
+    width, heads = values["hidden_size"], values["num_attention_heads"]
+    require(values, where, do_layer_norm_before=(True,), word_embed_proj_dim=(width,), activation_function=("relu",),
+            layer_norm_elementwise_affine=(True,), _remove_final_layer_norm=(False,))
+    bias = values.get("enable_bias", True)
+    return LMConfig(vocab_size=values["vocab_size"], width=width, layers=values["num_hidden_layers"], heads=heads, kv_heads=heads,
+                    head_dim=width // heads, inner=values["ffn_dim"], max_positions=values["max_position_embeddings"],
+                    positions="learned", norm="layer", mlp="relu", qkv_bias=bias, bias=bias,
+                    tied_head=values.get("tie_word_embeddings", True))
+
+
+def llama_config(values: dict, where: str) -> LMConfig:
+    width, heads, qwen = values["hidden_size"], values["num_attention_heads"], values["model_type"] == "qwen2"
+    rope = {**(values.get("rope_scaling") or {}), **(values.get("rope_parameters") or {})}     # the old and the new place
+    require({"rope_type": rope.get("rope_type", rope.get("type", "default"))}, where, rope_type=("default",))
+    require(values, where, hidden_act=("silu",), use_sliding_window=(False,))
+    qkv_bias, mlp_bias = values.get("attention_bias", False), values.get("mlp_bias", False)
+    if not qwen and qkv_bias != mlp_bias:
+        raise UserError(f"{where}: attention_bias is {qkv_bias} and mlp_bias is {mlp_bias}; supported is both or neither")
+    return LMConfig(vocab_size=values["vocab_size"], width=width, layers=values["num_hidden_layers"], heads=heads,
+                    kv_heads=values.get("num_key_value_heads") or heads, head_dim=values.get("head_dim") or width // heads,
+                    inner=values["intermediate_size"], max_positions=values["max_position_embeddings"],
+                    positions="rope", rope_theta=float(rope.get("rope_theta") or values.get("rope_theta") or 10_000.0),
+                    norm="rms", norm_eps=values["rms_norm_eps"], mlp="swiglu", qkv_bias=True if qwen else qkv_bias,
+                    bias=False if qwen else mlp_bias, tied_head=values.get("tie_word_embeddings", False))

@@ -1,0 +1,235 @@
+"""lm.py: the same logits as the published families, whatever the padding and however the text is cut into reads."""
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from af_min.config import TINY, LMConfig
+from af_min.lm import LM, rotary_angles, rotate
+from af_min.pretrained_lm import load_lm
+
+OPT = LMConfig(vocab_size=61, width=32, layers=3, heads=4, kv_heads=4, head_dim=8, inner=48, max_positions=40)
+LLAMA = LMConfig(vocab_size=61, width=32, layers=3, heads=4, kv_heads=2, head_dim=8, inner=48, max_positions=40, positions="rope",
+                 norm="rms", mlp="swiglu", qkv_bias=False, bias=False, tied_head=False)
+QWEN = dataclasses.replace(LLAMA, heads=6, kv_heads=3, qkv_bias=True, tied_head=True)
+MIXED = dataclasses.replace(TINY.lm, vocab_size=61)          # rope with LayerNorm and ReLU
+FAMILIES = pytest.mark.parametrize("config", [OPT, LLAMA, QWEN, MIXED], ids=["opt", "llama", "qwen2", "tiny"])
+
+
+def shaken(module, seed=0, scale=0.1):
+    """Random weights large enough that attention, norms and biases all matter."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(scale * torch.randn(p.shape, generator=generator))
+    return module.eval()
+
+
+def some_ids(batch=3, length=12, vocab=61, seed=1):
+    return torch.randint(3, vocab, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def padded(ids_BT, lengths, side):
+    """ids cut to `lengths` and padded with 1 on one side, with their mask."""
+    longest = max(lengths)
+    ids, mask = torch.ones(len(lengths), longest, dtype=torch.long), torch.zeros(len(lengths), longest, dtype=torch.bool)
+    for b, n in enumerate(lengths):
+        where = slice(longest - n, longest) if side == "left" else slice(0, n)
+        ids[b, where], mask[b, where] = ids_BT[b, :n], True
+    return ids, mask
+
+
+def relative(got, expected):
+    return ((got - expected).abs().max() / expected.abs().max()).item()
+
+
+# ------------------------------------------------------------------ what must hold without a peer
+
+@FAMILIES
+@torch.no_grad()
+def test_cut_into_reads_of_any_length_the_result_is_the_same(config):
+    lm, ids = shaken(LM(config)), some_ids()
+    whole = lm(ids)
+    for cuts in ([12], [1] * 12, [5, 1, 1, 5], [1, 7, 4]):
+        cache = lm.new_cache(3, 20)
+        parts = torch.cat([lm(part, cache=cache) for part in ids.split(cuts, dim=1)], dim=1)
+        assert cache.length == 12
+        assert relative(parts, whole) < 1e-5
+
+
+@FAMILIES
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_padding_changes_no_real_token(config, side):
+    lm, all_ids, lengths = shaken(LM(config)), some_ids(), [12, 5, 9]
+    ids, mask = padded(all_ids, lengths, side)
+    together = lm(ids, mask)
+    assert together.isfinite().all(), "a padding row gave NaN"
+    for b, n in enumerate(lengths):
+        assert relative(together[b][mask[b]], lm(all_ids[b:b + 1, :n])[0]) < 1e-5
+
+
+@FAMILIES
+@torch.no_grad()
+def test_a_left_padded_batch_goes_on_as_each_row_alone(config):
+    lm, prompts, more = shaken(LM(config)), some_ids(), some_ids(length=4, seed=2)
+    ids, mask = padded(prompts, [12, 5, 9], "left")
+    cache = lm.new_cache(3, 16)
+    lm(ids, mask, cache=cache)
+    got = torch.cat([lm(more[:, :3], cache=cache), lm(more[:, 3:], torch.ones(3, 1), cache=cache)], dim=1)
+    for b, n in enumerate([12, 5, 9]):
+        alone = lm(torch.cat([prompts[b:b + 1, :n], more[b:b + 1]], dim=1))[0, n:]
+        assert relative(got[b], alone) < 1e-5
+
+
+@FAMILIES
+@torch.no_grad()
+def test_a_token_reaches_itself_and_later_tokens_only(config):
+    lm, ids = shaken(LM(config)), some_ids(batch=1)
+    changed = ids.clone()
+    changed[0, 6] = (ids[0, 6] + 1 - 3) % 58 + 3
+    difference = (lm(ids) - lm(changed)).abs().amax(-1)[0]
+    assert (difference[:6] == 0).all() and (difference[6:] > 1e-6).all()
+
+
+@torch.no_grad()
+def test_a_cache_can_forget_and_be_copied_by_row():
+    lm, ids = shaken(LM(LLAMA)), some_ids()
+    cache = lm.new_cache(3, 16)
+    lm(ids[:, :8], cache=cache)
+    copy = cache.select(torch.tensor([2, 2, 0, 1]))
+    lm(ids[:, 8:], cache=cache)
+    cache.length = 8
+    assert relative(lm(ids[:, 8:], cache=cache), lm(ids)[:, 8:]) < 1e-5
+    rows = [2, 2, 0, 1]
+    assert relative(lm(ids[rows, 8:], cache=copy), lm(ids[rows])[:, 8:]) < 1e-5
+
+
+def test_rope_turns_each_pair_by_its_position_times_its_frequency():
+    x = torch.randn(1, 1, 5, 6, dtype=torch.float64)
+    position = torch.tensor([[0, 1, 2, 7, 30]])
+    turned = rotate(x, *rotary_angles(position, 6, 100.0))
+    for t, p in enumerate(position[0].tolist()):
+        for i in range(3):
+            angle = p * 100.0 ** (-2 * i / 6)
+            a, b = x[0, 0, t, i].item(), x[0, 0, t, i + 3].item()
+            assert turned[0, 0, t, i].item() == pytest.approx(a * math.cos(angle) - b * math.sin(angle), abs=1e-5)
+            assert turned[0, 0, t, i + 3].item() == pytest.approx(b * math.cos(angle) + a * math.sin(angle), abs=1e-5)
+
+
+@torch.no_grad()
+def test_one_layer_by_hand_in_float64():
+    """Grouped-query attention, RMSNorm and SwiGLU written out with loops over heads."""
+    config = dataclasses.replace(LLAMA, layers=1, rope_theta=50.0)
+    lm, ids = shaken(LM(config)).double(), some_ids(batch=1, length=5)
+    layer, x = lm.layers[0], lm.embed.weight[ids[0]]
+
+    def norm(v, weight):
+        return v / (v.pow(2).mean(-1, keepdim=True) + config.norm_eps).sqrt() * weight
+
+    y, heads = norm(x, layer.attention_norm.weight), []
+    cos, sin = (a[0, 0].double() for a in rotary_angles(torch.arange(5)[None], 8, 50.0))
+    for h in range(4):
+        rows, shared = slice(8 * h, 8 * h + 8), slice(8 * (h // 2), 8 * (h // 2) + 8)
+        q, k, v = y @ layer.attention.q.weight[rows].T, y @ layer.attention.k.weight[shared].T, y @ layer.attention.v.weight[shared].T
+        q, k = (a * cos + torch.cat([-a[:, 4:], a[:, :4]], -1) * sin for a in (q, k))
+        scores = (q @ k.T / 8 ** 0.5).masked_fill(torch.ones(5, 5).triu(1).bool(), float("-inf"))
+        heads.append(scores.softmax(-1) @ v)
+    x = x + torch.cat(heads, -1) @ layer.attention.out.weight.T
+    y = norm(x, layer.mlp_norm.weight)
+    gate = y @ layer.mlp.gate.weight.T
+    x = x + (gate * torch.sigmoid(gate) * (y @ layer.mlp.up.weight.T)) @ layer.mlp.down.weight.T
+    assert relative(lm(ids)[0], norm(x, lm.norm.weight)) < 1e-6
+
+
+@torch.no_grad()
+def test_before_layer_stands_before_every_layer_and_dropout_is_for_training():
+    lm, ids, calls = LM(dataclasses.replace(OPT, dropout=0.5)), some_ids(), []
+
+    def note(i, x):
+        calls.append((i, tuple(x.shape)))
+        return x
+
+    assert torch.equal(lm.eval()(ids), lm(ids, before_layer=note))
+    assert calls == [(0, (3, 12, 32)), (1, (3, 12, 32)), (2, (3, 12, 32))]
+    assert not torch.equal(lm.train()(ids), lm(ids))
+
+
+def test_what_cannot_be_is_said():
+    with pytest.raises(ValueError, match="lm.norm is 'batch'; it can be layer or rms"):
+        LM(dataclasses.replace(OPT, norm="batch"))
+    with pytest.raises(ValueError, match="not a multiple of lm.kv_heads"):
+        LM(dataclasses.replace(LLAMA, kv_heads=3))
+    with pytest.raises(ValueError, match="41 tokens, but the position table holds 40"):
+        LM(OPT)(some_ids(length=41))
+    lm = LM(LLAMA)
+    with pytest.raises(ValueError, match="12 tokens, but the cache was made for 10"):
+        lm(some_ids(), cache=lm.new_cache(3, 10))
+
+
+def test_the_published_size_is_that_of_opt_1_3b():
+    """OPT-1.3B has 1 315 758 080 parameters with 50272 rows in its embedding; Audio Flamingo's has 50268."""
+    with torch.device("meta"):
+        counted = sum(p.numel() for p in LM(LMConfig()).parameters())
+    assert counted == 1_315_758_080 - 4 * 2048
+
+
+# ------------------------------------------------------------------ against transformers (skipped without it)
+
+COMMON = dict(vocab_size=61, hidden_size=48, num_hidden_layers=3, num_attention_heads=6, max_position_embeddings=40)
+PEERS = {
+    "opt": ("OPTConfig", dict(COMMON, ffn_dim=80, word_embed_proj_dim=48)),
+    "opt-untied": ("OPTConfig", dict(COMMON, ffn_dim=80, word_embed_proj_dim=48, tie_word_embeddings=False)),
+    "llama": ("LlamaConfig", dict(COMMON, intermediate_size=80)),
+    "llama-gqa-tied": ("LlamaConfig", dict(COMMON, intermediate_size=80, num_key_value_heads=2, tie_word_embeddings=True)),
+    "llama-bias-wide-heads": ("LlamaConfig", dict(COMMON, intermediate_size=80, num_key_value_heads=3, head_dim=16,
+                                                  attention_bias=True, mlp_bias=True, rms_norm_eps=1e-4)),
+    "qwen2": ("Qwen2Config", dict(COMMON, intermediate_size=80, num_key_value_heads=2)),
+    "qwen2-tied": ("Qwen2Config", dict(COMMON, intermediate_size=80, num_key_value_heads=3, tie_word_embeddings=True)),
+}
+
+
+@pytest.fixture(scope="module", params=PEERS)
+def peer(request, tmp_path_factory):
+    """A small random model of transformers', and ours read from the folder that it saves."""
+    transformers = pytest.importorskip("transformers", reason="pip install -r tests/requirements.txt")
+    kind, settings = PEERS[request.param]
+    theirs = transformers.AutoModelForCausalLM.from_config(getattr(transformers, kind)(**settings))
+    shaken(theirs)
+    folder = tmp_path_factory.mktemp(request.param)
+    theirs.save_pretrained(folder)
+    return theirs, load_lm(folder)
+
+
+@torch.no_grad()
+def test_logits_are_those_of_transformers(peer):
+    theirs, ours = peer
+    ids = some_ids()
+    assert relative(ours.logits(ours(ids)), theirs(ids).logits) < 1e-5
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_padded_logits_are_those_of_transformers(peer, side):
+    theirs, ours = peer
+    ids, mask = padded(some_ids(), [12, 5, 9], side)
+    position = (mask.cumsum(1) - 1).clamp(min=0)
+    extra = {} if theirs.config.model_type == "opt" else {"position_ids": position}
+    expected = theirs(ids, attention_mask=mask.long(), **extra).logits
+    assert relative(ours.logits(ours(ids, mask))[mask], expected[mask]) < 1e-5
+
+
+@torch.no_grad()
+def test_cached_logits_are_those_of_transformers(peer):
+    theirs, ours = peer
+    ids, mask = padded(some_ids(), [8, 5, 7], "left")
+    more = some_ids(length=4, seed=3)
+    cache, past, seen = ours.new_cache(3, 12), None, mask.long()
+    for part, part_mask in [(ids, mask)] + [(more[:, t:t + 1], torch.ones(3, 1).bool()) for t in range(4)]:
+        seen = mask.long() if past is None else torch.cat([seen, part_mask.long()], dim=1)
+        position = ((seen.cumsum(1) - 1).clamp(min=0))[:, -part.shape[1]:]
+        extra = {} if theirs.config.model_type == "opt" else {"position_ids": position}
+        out = theirs(part, attention_mask=seen, past_key_values=past, use_cache=True, **extra)
+        past = out.past_key_values
+        assert relative(ours.logits(ours(part, part_mask, cache=cache))[part_mask], out.logits[part_mask]) < 1e-5
