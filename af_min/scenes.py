@@ -85,6 +85,11 @@ def window_text(events: list[Event], start: float, patches: dict[str, Patch], rn
 
 # ---------------------------------------------------------------------- questions about scenes
 
+def description(events: list[Event]) -> str:
+    """What a text-only reader is told in the place of <audio>."""
+    return " then ".join(f"{e.length} {e.pitch} {e.name}" for e in events)
+
+
 def once(events: list[Event]) -> list[int]:
     """Positions of the events whose class occurs once: "the bell" then means one thing."""
     names = [e.name for e in events]
@@ -182,25 +187,26 @@ def made_up_word(split: str, rng: np.random.Generator) -> str:
             return word
 
 
-def episode(clips: dict[str, list[str]], names: list[str], extra: int, split: str, rng: np.random.Generator) -> dict:
+def episode(clips: dict[str, list[dict]], names: list[str], extra: int, split: str, rng: np.random.Generator) -> dict:
     """Shots of the given classes (each once, then `extra` more at random), a query of one of them, made-up words as names.
 
-    A word that no earlier shot has introduced cannot be inferred: its shot carries "loss": false.
+    A word that no earlier shot has introduced cannot be inferred: its shot carries "loss": false. In half of the episodes the
+    text-only description names no class, so that the LM learns to match any words, not the names that it knows.
     """
+    told = {n: {"description": describe(random_patch(rng))} for n in names} if rng.random() < 0.5 else dict.fromkeys(names, {})
     words: dict[str, str] = {}
     for name in names:
         while (word := made_up_word(split, rng)) in words.values():
             pass
         words[name] = word
     order = list(rng.permutation(list(names))) + [str(rng.choice(names)) for _ in range(extra + 1)]
-    used: dict[str, list[str]] = {n: list(rng.permutation(clips[n])) for n in names}
+    used = {n: [clips[n][i] for i in rng.permutation(len(clips[n]))] for n in names}
     shots, known = [], set()
     for name in order:
-        shots.append({"audio": str(used[name].pop()), "prompt": "classify this sound.", "answer": words[name],
-                      "loss": name in known, "seconds": 1.0})
+        shots.append({**used[name].pop(), **told[name], "prompt": "classify this sound.", "answer": words[name],
+                      "loss": name in known})
         known.add(name)
-    query = shots.pop()
-    return {**query, "task": "FewShot", "shots": [{k: v for k, v in s.items() if k != "seconds"} for s in shots]}
+    return {**shots.pop(), "task": "FewShot", "shots": shots}
 
 
 # ---------------------------------------------------------------------- the data set
@@ -244,8 +250,8 @@ def scene_rows(writer: Writer, split: str, index: int) -> list[dict]:
         if split == "test" and task == "After":
             ends = {events[0].name, events[-1].name}
             asked = [(q, a) for q, a in asked if a not in ends]
-        rows += [{**head, "task": task, "prompt": q, "answer": a} for q, a in asked]
-    rows.append({**head, "task": "Dialogue", "turns": dialogue(events, rng)})
+        rows += [{**head, "description": description(events), "task": task, "prompt": q, "answer": a} for q, a in asked]
+    rows.append({**head, "description": description(events), "task": "Dialogue", "turns": dialogue(events, rng)})
     if split == "train":
         rows += window_rows(head, events, TRAIN_CLASSES, 4, rng)
     return rows
@@ -254,7 +260,7 @@ def scene_rows(writer: Writer, split: str, index: int) -> list[dict]:
 def window_rows(head: dict, events: list[Event], patches: dict[str, Patch], count: int, rng: np.random.Generator) -> list[dict]:
     """Captions of `count` windows of one recording, at random places of at least one window's length."""
     starts = np.sort(rng.uniform(0, max(0.0, head["seconds"] - WINDOW), count)).round(3)
-    return [{**head, "start": float(s), "seconds": WINDOW, "task": "WindowText", "prompt": "",
+    return [{**head, "start": float(s), "seconds": WINDOW, "task": "WindowText", "prompt": "what is heard?",
              "answer": window_text(events, float(s), patches, rng)} for s in starts]
 
 
@@ -278,17 +284,20 @@ def balanced(rows: list[dict], count: int, rng: np.random.Generator, even: bool)
     return [row for answer in sorted(groups) for row in groups[answer][:each]]
 
 
-def make_clips(writer: Writer, split: str, classes: dict[str, Patch], count: int) -> dict[str, list[str]]:
+def make_clips(writer: Writer, split: str, classes: dict[str, Patch], count: int) -> dict[str, list[dict]]:
+    """`count` recordings of every class, as the beginning of a row each."""
     clips = {}
     for name, patch in classes.items():
         clips[name] = []
         for index in range(count):
             rng = writer.rng(f"{split}-{name}", index)
-            clips[name].append(writer.save(f"{split}-{name}-{index:03d}", compose([(name, patch)], rng)[0]))
+            wave, events = compose([(name, patch)], rng)
+            clips[name].append({"audio": writer.save(f"{split}-{name}-{index:03d}", wave), "start": 0.0,
+                                "seconds": round(len(wave) / RATE, 3), "description": description(events)})
     return clips
 
 
-def pool_rows(clips: dict[str, list[str]], names: list[str], count: int, rng: np.random.Generator) -> list[dict]:
+def pool_rows(clips: dict[str, list[dict]], names: list[str], count: int, rng: np.random.Generator) -> list[dict]:
     """Queries with a pool of twelve named clips, one a class, to draw shots from: eleven of the twelve are distractors."""
     rows = []
     for _ in range(count):
@@ -313,9 +322,8 @@ def build(folder: Path, seed: int = 0, sizes: Sizes = Sizes(), progress=lambda r
         ways = int(rng.integers(2, 6))
         names = [str(n) for n in rng.choice(list(TRAIN_CLASSES), ways, replace=False)]
         rows["train"].append(episode(clips, names, int(rng.integers(0, 9 - ways)), "train", rng))
-    for name, files in clips.items():
-        rows["train"] += [{"audio": f, "start": 0.0, "seconds": 1.0, "task": "AudioClassification", "answer": name,
-                           "prompt": options_prompt(name, rng)} for f in files]
+    rows["train"] += [{**clip, "task": "AudioClassification", "prompt": options_prompt(name, rng), "answer": name}
+                      for name in clips for clip in clips[name]]
     clips = make_clips(writer, "test", CLASSES, max(10, sizes.clips // 2))
     test = defaultdict(list)
     for row in rows["test"]:

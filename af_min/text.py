@@ -87,7 +87,7 @@ class Sample:
     """One training sequence: token ids, their labels (IGNORE where nothing is supervised), the audio of each <audio>."""
     ids: list[int]
     labels: list[int]
-    audios: tuple[str, ...]
+    audios: tuple[tuple[str, float], ...]   # file, start in seconds
 
 
 class Writer:
@@ -149,7 +149,7 @@ def write_sample(tokenizer: Tokenizer, row: dict, described: bool = False, compl
             w.answer(part["answer"].lower(), part.get("loss", True))
         if complete:
             w.special(tokenizer.eos_id, supervised=True)
-    audios = () if described else tuple(p["audio"] for p in [*shots, row] if p.get("audio"))
+    audios = () if described else tuple((p["audio"], p.get("start", 0.0)) for p in [*shots, row] if p.get("audio"))
     ids, labels = cut(w.ids, w.labels, tokenizer.eoc_id, max_tokens)
     return Sample(ids, labels, audios[:ids.count(tokenizer.audio_id)])
 

@@ -1,0 +1,129 @@
+"""Run folders: everything that sample.py needs, readable by a person, movable to another machine.
+
+    runs/<name>/config.json          dimensions of the model and settings of its training
+                model.safetensors    weights
+                tokenizer.model      sentencepiece
+                log.jsonl            one line a training step
+                scores.json  report.png
+                checkpoint/          the state of an unfinished training: `--resume` goes on from there
+
+Files are written under a temporary name and renamed: one that has its name is whole.
+"""
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from . import config as settings
+from .cli import UserError
+from .config import Config
+from .text import Tokenizer
+
+
+def write_json(path: Path, value) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(partial, path)
+
+
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(Path(path).read_text())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); is this a run folder made by train.py?") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error})") from None
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    partial = path.with_name(path.name + ".partial")
+    save_file({name: t.detach().contiguous() for name, t in tensors.items()}, partial)
+    os.replace(partial, path)
+
+
+def read_tensors(path: Path, device="cpu") -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path, device=str(device))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except SafetensorError as error:
+        raise UserError(f"{path}: not a whole safetensors file ({error}); copy or write it again") from None
+
+
+def load_strictly(module: nn.Module, tensors: dict[str, torch.Tensor], where) -> None:
+    """Every tensor of the module, none else, each of its shape; UserError names the first that differs."""
+    own = module.state_dict()
+    for name in sorted(own.keys() | tensors.keys()):
+        got, expected = (tuple(d[name].shape) if name in d else None for d in (tensors, own))
+        if got != expected:
+            raise UserError(f"{where}: {name}: got shape {got or 'nothing'}, expected {expected or 'nothing'}")
+    module.load_state_dict(tensors)
+
+
+def save_run(run: Path, model: nn.Module, config: Config, tokenizer: Tokenizer, training: dict) -> None:
+    """config.json, tokenizer.model and, last, model.safetensors."""
+    run.mkdir(parents=True, exist_ok=True)
+    write_json(run / "config.json", {"model": settings.to_dict(config), "training": training})
+    tokenizer.save(run / "tokenizer.model")
+    write_tensors(run / "model.safetensors", model.state_dict())
+
+
+def load_run(run: Path, device="cpu", dtype: torch.dtype = torch.float32):
+    """-> (AudioFlamingo in eval mode, Tokenizer). UserError names the file that is missing or damaged."""
+    from .flamingo import AudioFlamingo
+    run = Path(run)
+    if not (run / "model.safetensors").exists():
+        raise UserError(f"{run}: no trained model there (model.safetensors is missing); run `python train.py` first, "
+                        "or name its folder with --run")
+    config = settings.from_dict(Config, read_json(run / "config.json")["model"], str(run / "config.json"))
+    with torch.device("meta"):
+        model = AudioFlamingo(config)
+    model = AudioFlamingo(config) if str(device) == "cpu" else model.to_empty(device=device)
+    load_strictly(model, read_tensors(run / "model.safetensors", device), run / "model.safetensors")
+    return model.to(device, dtype).eval(), Tokenizer.load(run / "tokenizer.model")
+
+
+# ---------------------------------------------------------------------- training state
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """AdamW's state as named tensors: `<parameter number>.<name>`."""
+    return {f"{number}.{name}": value for number, state in optimizer.state_dict()["state"].items()
+            for name, value in state.items()}
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+    state: dict[int, dict] = {}
+    for key, value in tensors.items():
+        number, name = key.split(".")
+        state.setdefault(int(number), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def save_checkpoint(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """The state of a training after a step, as one folder that appears whole: checkpoint/{model,optimizer}.safetensors, state.json."""
+    new, final, old = run / "checkpoint.partial", run / "checkpoint", run / "checkpoint.old"
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    write_tensors(new / "model.safetensors", model.state_dict())
+    write_tensors(new / "optimizer.safetensors", optimizer_tensors(optimizer))
+    write_json(new / "state.json", state)
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        os.replace(final, old)
+    os.replace(new, final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def find_checkpoint(run: Path) -> Path | None:
+    """The last whole checkpoint; the older one if a kill fell between the two renames."""
+    for name in ("checkpoint", "checkpoint.old"):
+        if (run / name / "state.json").exists():
+            return run / name
+    return None

@@ -1,0 +1,149 @@
+"""Manifests -> weighted mixture -> batches. The order of training is a function of (seed, step) alone.
+
+Every data set is an endless stream: its rows in a new random order on each pass. A virtual epoch takes from each stream its
+share by weight, sorts what it took by length, cuts it into batches of similar length and shuffles those. Batch number `step` is
+therefore known without running the steps before it, and a resumed run sees what the interrupted one would have seen.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from . import manifest
+from .cli import UserError
+from .store import Store
+from .text import IGNORE, Sample, Tokenizer, write_sample
+
+EPOCH_BATCHES = 32  # batches of a virtual epoch: enough to sort by length, few enough to mix
+
+
+@dataclass
+class Dataset:
+    """Rows of one split of a prepared data set, tokenized, with the store that holds its window embeddings."""
+    name: str
+    samples: list[Sample]
+    store: Store | None = None
+    weight: float = 1.0
+
+
+def parse_data(specs: list[str]) -> list[tuple[Path, float]]:
+    """`folder` or `folder:weight` -> (folder, weight). UserError for a folder without card.json or a bad weight."""
+    parsed = []
+    for spec in specs:
+        folder, _, weight = spec.rpartition(":") if spec.rpartition(":")[2].replace(".", "", 1).isdigit() else (spec, "", "1")
+        manifest.read_card(folder)
+        if not float(weight) > 0:
+            raise UserError(f"--data {spec}: the weight must be above 0")
+        parsed.append((Path(folder), float(weight)))
+    return parsed
+
+
+def rows_of(folder: Path, split: str, stage: str) -> list[dict]:
+    """The rows that a stage learns from: clap the window captions; lm, pretrain and sft the rest, pretrain without shots and turns."""
+    rows = [r for r in manifest.read_rows(folder / f"{split}.jsonl") if (r["task"] == "WindowText") == (stage == "clap")]
+    if stage == "pretrain":
+        rows = [r for r in rows if "shots" not in r and "turns" not in r]
+    return rows
+
+
+def tokenized(rows: list[dict], tokenizer: Tokenizer, max_tokens: int, described: bool = False) -> list[Sample]:
+    """Samples of rows; several references make several samples; what has no supervised token left is dropped."""
+    flat = [{**row, "answer": answer} for row in rows for answer in row.get("answers", [row.get("answer", "")])]
+    samples = [write_sample(tokenizer, row, described, max_tokens=max_tokens) for row in flat]
+    return [s for s in samples if any(label != IGNORE for label in s.labels[1:])]
+
+
+def recordings(rows: list[dict]) -> list[tuple[str, float]]:
+    """(file, start) of every recording that the rows, their shots and their pools name."""
+    parts = (part for row in rows for part in [row, *row.get("shots", []), *row.get("pool", [])])
+    return [(p["audio"], p.get("start", 0.0)) for p in parts if p.get("audio")]
+
+
+@dataclass
+class Batch:
+    ids_BT: torch.Tensor
+    labels_BT: torch.Tensor
+    mask_BT: torch.Tensor
+    windows_AWD: torch.Tensor      # embeddings of all audios, sample after sample; float32
+    n_windows_BN: torch.Tensor     # 0 where a sample has fewer audios
+
+    def to(self, device) -> "Batch":
+        return Batch(*(t.to(device, non_blocking=True) for t in vars(self).values()))
+
+
+def collate(samples: list[tuple[Sample, Store | None]], pad_id: int, width: int, left: bool = False) -> Batch:
+    """Pad samples to one batch, on the right for training, on the left for generation."""
+    longest = max(len(s.ids) for s, _ in samples)
+    ids = torch.full((len(samples), longest), pad_id)
+    labels = torch.full((len(samples), longest), IGNORE)
+    mask = torch.zeros(len(samples), longest, dtype=torch.bool)
+    audios = [[store[place] for place in s.audios] for s, store in samples]
+    for b, (s, _) in enumerate(samples):
+        span = slice(longest - len(s.ids), None) if left else slice(0, len(s.ids))
+        ids[b, span], labels[b, span], mask[b, span] = torch.tensor(s.ids), torch.tensor(s.labels), True
+    flat = [a for of_sample in audios for a in of_sample]
+    n_windows = torch.zeros(len(samples), max(map(len, audios)), dtype=torch.long)
+    windows = torch.zeros(len(flat), max((len(a) for a in flat), default=0), width)
+    for b, of_sample in enumerate(audios):
+        n_windows[b, :len(of_sample)] = torch.tensor([len(a) for a in of_sample])
+    for a, embedded in enumerate(flat):
+        windows[a, :len(embedded)] = torch.from_numpy(np.asarray(embedded, np.float32))
+    return Batch(ids, labels, mask, windows, n_windows)
+
+
+class Mixture:
+    """The weighted mixture of data sets: `batch(step)` is a list of (data set number, sample number)."""
+
+    def __init__(self, datasets: list[Dataset], max_samples: int, max_tokens: int, seed: int):
+        self.datasets, self.seed = datasets, seed
+        self.max_samples, self.max_tokens = max_samples, max_tokens
+        sizes = [len(d.samples) for d in datasets]
+        if not sum(sizes):
+            raise UserError(f"nothing to train on in {', '.join(d.name for d in datasets)}: no row of this stage's kind")
+        self.lengths = [np.array([len(s.ids) for s in d.samples]) for d in datasets]
+        total = sum(d.weight for d in datasets if d.samples)
+        mean = sum(d.weight / total * n.mean() for d, n in zip(datasets, self.lengths) if len(n))
+        epoch = EPOCH_BATCHES * min(max_samples, max(1, int(max_tokens / mean)))
+        self.takes = [max(1, round(epoch * d.weight / total)) if d.samples else 0 for d in datasets]
+        self._epochs: list[list[list[tuple[int, int]]]] = []
+
+    def _stream(self, d: int, first: int, count: int) -> list[int]:
+        """Elements first .. first + count - 1 of data set d's endless stream."""
+        size, out = len(self.datasets[d].samples), []
+        while len(out) < count:
+            turn, place = divmod(first + len(out), size)
+            order = np.random.default_rng([self.seed, d, turn]).permutation(size)
+            out += order[place:place + count - len(out)].tolist()
+        return out
+
+    def epoch(self, number: int) -> list[list[tuple[int, int]]]:
+        """The batches of one virtual epoch."""
+        rng = np.random.default_rng([self.seed, 1 << 20, number])
+        drawn = [(d, i) for d, take in enumerate(self.takes) for i in self._stream(d, number * take, take)]
+        drawn = [drawn[i] for i in rng.permutation(len(drawn))]
+        drawn.sort(key=lambda place: self.lengths[place[0]][place[1]])
+        batches, batch = [], []
+        for d, i in drawn:  # ascending length: the newcomer is the longest, all are padded to it
+            if batch and (len(batch) == self.max_samples or (len(batch) + 1) * self.lengths[d][i] > self.max_tokens):
+                batches.append(batch)
+                batch = []
+            batch.append((d, i))
+        batches.append(batch)
+        return [batches[i] for i in rng.permutation(len(batches))]
+
+    def batch(self, step: int) -> list[tuple[int, int]]:
+        """The global batch of a step (0, 1, ...), the same on every process."""
+        first = 0
+        for number in range(step + 1):
+            if number == len(self._epochs):
+                self._epochs.append(self.epoch(number))
+            if step < first + len(self._epochs[number]):
+                return self._epochs[number][step - first]
+            first += len(self._epochs[number])
+        raise AssertionError("unreachable: every virtual epoch has a batch")
+
+    def collate(self, places: list[tuple[int, int]], pad_id: int, width: int) -> Batch:
+        return collate([(self.datasets[d].samples[i], self.datasets[d].store) for d, i in places], pad_id, width)
