@@ -69,7 +69,7 @@ def load(path, sample_rate: int, start: float = 0.0, max_seconds: float | None =
         left = file.frames - first
         wanted = left if max_seconds is None else min(left, round(max_seconds * rate))
         x_S = _read(file, path, first, wanted)
-    _check_truncation(path, file)
+        _check_truncation(path, file)
     if rate != sample_rate:
         length = -(-len(x_S) * sample_rate // rate)                    # ceil
         x_S = soxr.resample(x_S, rate, sample_rate, quality="HQ")[:length]
@@ -86,7 +86,7 @@ def inspect(path) -> float:
         seconds, peak = file.frames / file.samplerate, 0.0
         for first in range(0, file.frames, 1 << 20):
             peak = max(peak, np.abs(_read(file, path, first, min(1 << 20, file.frames - first))).max())
-    _check_truncation(path, file)
+        _check_truncation(path, file)
     if seconds < MIN_SECONDS:
         raise AudioError(path, "too short", f"{seconds:.3f} s; at least {MIN_SECONDS} s are needed")
     if peak < SILENT_PEAK:

@@ -82,12 +82,10 @@ def load_run(run: Path, device="cpu", dtype: torch.dtype = torch.float32):
     if not (run / "model.safetensors").exists():
         raise UserError(f"{run}: no trained model there (model.safetensors is missing); run `python train.py` first, "
                         "or name its folder with --run")
-    config = settings.from_dict(Config, read_json(run / "config.json")["model"], str(run / "config.json"))
-    with torch.device("meta"):
-        model = AudioFlamingo(config)
-    model = AudioFlamingo(config) if str(device) == "cpu" else model.to_empty(device=device)
+    config = load_config(run)
+    model = AudioFlamingo(config).to(device, dtype)
     load_strictly(model, read_tensors(run / "model.safetensors", device), run / "model.safetensors")
-    return model.to(device, dtype).eval(), Tokenizer.load(run / "tokenizer.model")
+    return model.eval(), Tokenizer.load(run / "tokenizer.model")
 
 
 # ---------------------------------------------------------------------- training state
@@ -127,3 +125,7 @@ def find_checkpoint(run: Path) -> Path | None:
         if (run / name / "state.json").exists():
             return run / name
     return None
+
+
+def load_config(run: Path) -> Config:
+    return settings.from_dict(Config, read_json(Path(run) / "config.json")["model"], str(Path(run) / "config.json"))

@@ -13,10 +13,7 @@ The shape legend of the whole project, used as a suffix (`x_BTD`) or in a commen
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass, field
-from pathlib import Path
-
 from .cli import UserError
 
 
@@ -122,7 +119,7 @@ AF1 = Config()
 TINY = Config(
     audio=AudioConfig(sample_rate=16_000, window=0.8, hop=0.2, max_windows=24, n_fft=512, stft_hop=128, n_mels=32,
                       fmin=50.0, fmax=8_000.0, mel_sample_rate=16_000),
-    clap=ClapConfig(image_size=64, patch=4, width=32, depths=(1, 2, 1), heads=(2, 4, 8), attention_window=4, out_width=128,
+    clap=ClapConfig(image_size=64, patch=4, width=32, depths=(1, 1, 1), heads=(2, 4, 8), attention_window=4, out_width=128,
                     text_width=128, text_layers=2, text_heads=4),
     representation=RepresentationConfig(layers=2, heads=4, inner=256, max_audios=16),
     xattn=XattnConfig(heads=4, head_dim=32, ff_mult=4, gate_init=0.5, audio_index=True),
@@ -131,6 +128,36 @@ TINY = Config(
 )
 
 PRESETS = {"tiny": TINY, "af1": AF1}
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """How one stage of training runs (AdamW, beta .9 and .95, gradient norm clipped)."""
+    steps: int
+    lr: float
+    warmup: int                      # steps of linear warm-up
+    batch: int                       # samples of the global batch, at most (clap: windows)
+    batch_tokens: int                # padded text tokens of the global batch, at most
+    decay: bool = False              # after the warm-up: False = constant (released settings), True = linear to a twentieth
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    max_tokens: int = 512            # a longer sample is cut
+
+
+STAGES = {
+    "tiny": {
+        "clap": StageConfig(steps=450, lr=2e-3, warmup=40, batch=128, batch_tokens=1 << 20, decay=True, weight_decay=0.05),
+        "lm": StageConfig(steps=500, lr=3e-3, warmup=40, batch=256, batch_tokens=4096, decay=True, weight_decay=0.05),
+        "pretrain": StageConfig(steps=300, lr=3e-3, warmup=30, batch=256, batch_tokens=4096, decay=True, weight_decay=0.05),
+        "sft": StageConfig(steps=700, lr=2e-3, warmup=40, batch=256, batch_tokens=4096, decay=True, weight_decay=0.05),
+    },
+    "af1": {  # released settings: global batch 384, then 128; constant rate after 1875 steps
+        "clap": StageConfig(steps=100_000, lr=1e-4, warmup=1875, batch=512, batch_tokens=1 << 30),
+        "lm": StageConfig(steps=100_000, lr=1e-4, warmup=1875, batch=384, batch_tokens=384 * 512),
+        "pretrain": StageConfig(steps=100_000, lr=1e-4, warmup=1875, batch=384, batch_tokens=384 * 512),
+        "sft": StageConfig(steps=50_000, lr=2e-5, warmup=1875, batch=128, batch_tokens=128 * 512),
+    },
+}
 
 
 def to_dict(config) -> dict:
@@ -151,6 +178,3 @@ def from_dict(cls, values: dict, where: str = "config.json"):
         made[name] = tuple(value) if isinstance(value, list) else value
     return cls(**made)
 
-
-def load(path: Path) -> Config:
-    return from_dict(Config, json.loads(Path(path).read_text())["model"], str(path))

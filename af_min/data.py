@@ -147,3 +147,27 @@ class Mixture:
 
     def collate(self, places: list[tuple[int, int]], pad_id: int, width: int) -> Batch:
         return collate([(self.datasets[d].samples[i], self.datasets[d].store) for d, i in places], pad_id, width)
+
+
+class WindowCaptions:
+    """Batches for contrastive training: a few windows of each of many recordings, so that neighbours are told apart too."""
+
+    def __init__(self, rows: list[dict], size: int, seed: int, each: int = 4):
+        groups: dict[str, list[dict]] = {}
+        for row in rows:
+            groups.setdefault(row["audio"], []).append(row)
+        self.groups = list(groups.values())
+        if not self.groups:
+            raise UserError("nothing to train the window encoder on: no row has the task WindowText")
+        self.size, self.seed, self.each = size, seed, each
+
+    def batch(self, step: int) -> list[dict]:
+        """`size` rows, the same on every process."""
+        count = self.size // self.each
+        rows, first = [], step * count
+        for place in range(first, first + count):
+            turn, i = divmod(place, len(self.groups))
+            rng = np.random.default_rng([self.seed, 1 << 21, turn])
+            group = self.groups[int(rng.permutation(len(self.groups))[i])]
+            rows += [group[j % len(group)] for j in range(self.each)]
+        return rows
