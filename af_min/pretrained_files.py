@@ -13,12 +13,13 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .cli import UserError
@@ -159,3 +160,19 @@ def read_table(entries: dict[str, Entry], table: dict[str, str], shapes: dict[st
             raise UserError(f"{where}: tensor {theirs!r} has shape {entries[theirs].shape}, expected {tuple(shapes[ours])} "
                             f"of {wanted}")
     return {ours: entries[theirs].read(dtype) for ours, theirs in table.items()}
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Modules made inside hold parameters of no memory, to be filled by load_state_dict(assign=True). Buffers are real, as
+    those that no file holds (position tables) are computed when a module is made."""
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        register(module, name, None if parameter is None else nn.Parameter(parameter.to("meta"), parameter.requires_grad))
+
+    nn.Module.register_parameter = register_on_meta
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register

@@ -1,0 +1,214 @@
+"""Published weights -> a run folder of ours: the released Audio Flamingo checkpoints, and new models on published parts.
+
+    python -m af_min.pretrained --audio-flamingo foundation.pt --clap clapcap_weights_2023.pth --lm DIR --out runs/af1
+
+reads the released checkpoint (representation layers, cross-attention blocks, language model), its window encoder, and the
+folder of its language model (facebook/opt-iml-max-1.3b: config.json and the vocabulary; its weights are not needed), and
+writes a folder for `python sample.py --run runs/af1`. Without --audio-flamingo it makes a new, untrained Audio Flamingo on
+that encoder and that language model (OPT, Llama or Qwen2), for `python train.py --stage pretrain`.
+
+The readers of the parts: pretrained_lm.py, pretrained_clap.py, pretrained_text.py; pretrained_files.py opens the files.
+"""
+from __future__ import annotations
+
+import dataclasses
+import re
+import resource
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import cli
+from . import config as settings
+from .audio import Float32
+from .checkpoint import write_json, write_tensors
+from .clap import WindowEncoder
+from .cli import UserError
+from .config import PRESETS, Config
+from .flamingo import AudioFlamingo
+from .pretrained_clap import load_clap
+from .pretrained_files import Entry, open_file, parameters_on_meta, read_table, seems
+from .pretrained_lm import OPT_TABLE, expand, lm_config, lm_state, read_config
+from .pretrained_text import PublishedTokenizer, published_tokenizer
+from .representation import Representation, sinusoid_table
+from .xattn import GatedCrossAttention
+
+# Our name -> the name in a released checkpoint. {i} stands for the layer, {p} for weight and bias.
+LAYER, BLOCK = "lang_encoder.model.decoder.layers.{i}.", "lang_encoder.model.decoder.layers.{i}.gated_cross_attn_layer."
+TABLE = {
+    "representation.norm.{p}": "audio_transformer.layer_norm.{p}",
+    "representation.layers.{i}.0.q.{p}": "audio_transformer.layer_stack.{i}.slf_attn.w_qs.{p}",
+    "representation.layers.{i}.0.k.{p}": "audio_transformer.layer_stack.{i}.slf_attn.w_ks.{p}",
+    "representation.layers.{i}.0.v.{p}": "audio_transformer.layer_stack.{i}.slf_attn.w_vs.{p}",
+    "representation.layers.{i}.0.out.{p}": "audio_transformer.layer_stack.{i}.slf_attn.fc.{p}",
+    "representation.layers.{i}.0.norm.{p}": "audio_transformer.layer_stack.{i}.slf_attn.layer_norm.{p}",
+    "representation.layers.{i}.1.up.{p}": "audio_transformer.layer_stack.{i}.pos_ffn.w_1.{p}",
+    "representation.layers.{i}.1.down.{p}": "audio_transformer.layer_stack.{i}.pos_ffn.w_2.{p}",
+    "representation.layers.{i}.1.norm.{p}": "audio_transformer.layer_stack.{i}.pos_ffn.layer_norm.{p}",
+    "xattn.{i}.norm.{p}": BLOCK + "attn.norm.{p}",
+    "xattn.{i}.q.{p}": BLOCK + "attn.to_q.{p}",
+    "xattn.{i}.kv.{p}": BLOCK + "attn.to_kv.{p}",
+    "xattn.{i}.out.{p}": BLOCK + "attn.to_out.{p}",
+    "xattn.{i}.attn_gate": BLOCK + "attn_gate",
+    "xattn.{i}.ff_norm.{p}": BLOCK + "ff.0.{p}",
+    "xattn.{i}.up.{p}": BLOCK + "ff.1.{p}",
+    "xattn.{i}.down.{p}": BLOCK + "ff.3.{p}",
+    "xattn.{i}.ff_gate": BLOCK + "ff_gate",
+    **{"lm." + ours: "lang_encoder." + theirs.replace("layers.{i}.", "layers.{i}.decoder_layer.")
+       for ours, theirs in OPT_TABLE.items()},
+}
+POSITIONS = "audio_transformer.position_enc.pos_table"                  # computed by ours, and compared with the file's
+EMBEDDING = "lang_encoder.model.decoder.embed_tokens.weight"
+DUPLICATE = re.compile(r"lang_encoder\.(old_decoder_blocks|gated_cross_attn_layers)\.")  # the same layers under a second name
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Arguments:
+    audio_flamingo: str = cli.flag("", "released checkpoint, such as foundation.pt; without it a new model is made")
+    clap: str = cli.flag("", "clapcap_weights_2023.pth or another MS-CLAP 2023 checkpoint")
+    lm: str = cli.flag("", "folder of the language model (config.json, vocabulary; for a new model also its weights)")
+    out: str = cli.flag("runs/af1", "run folder to write")
+    slots: int = cli.flag(8, "audios a text has room for; of the released checkpoints: the number they were fine-tuned with "
+                             "(1 without examples, 4 the chat model, 4 or 8 with examples), as empty slots are attended")
+    dtype: str = cli.flag("bfloat16", "numbers of the written weights", choices=tuple(DTYPES))
+    seed: int = cli.flag(0, "of the layers of a new model that are not published")
+
+
+def open_released(path: Path) -> dict[str, Entry]:
+    """The tensors of a released checkpoint, without the `module.` of data parallel training."""
+    entries = {name.removeprefix("module."): entry for name, entry in open_file(path).items()}
+    if EMBEDDING not in entries or POSITIONS not in entries:
+        raise UserError(f"{path}: expected a released Audio Flamingo checkpoint (foundation.pt, chat.pt), but {seems(entries)}")
+    return entries
+
+
+def released_state(path: Path, config: Config, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """State dict of a released checkpoint, for AudioFlamingo(config) less its encoder and its `silence`."""
+    entries = open_released(path)
+    with torch.device("meta"):
+        model = AudioFlamingo(config)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()
+              if name.startswith(("representation.", "xattn.", "lm."))}
+    table = expand(TABLE, shapes, max(config.lm.layers, config.representation.layers))
+    state = read_table(entries, table, shapes, str(path), f"Audio Flamingo of {config.lm.layers} layers", dtype,
+                       ignore=lambda name: name == POSITIONS or bool(DUPLICATE.match(name)))
+    rows = config.representation.max_audios * config.audio.max_windows
+    theirs = entries[POSITIONS].read(torch.float32)[0]
+    if len(theirs) < rows or theirs.shape[1] != config.clap.out_width:
+        raise UserError(f"{path}: {POSITIONS} has shape {tuple(theirs.shape)}; expected ({rows} or more, {config.clap.out_width}) "
+                        f"for {config.representation.max_audios} audios of {config.audio.max_windows} windows")
+    if (theirs[:rows] - sinusoid_table(rows, config.clap.out_width)).abs().max() > 1e-5:
+        raise UserError(f"{path}: {POSITIONS} is not the sinusoid table; expected pos / 10000^(2i/D), sine and cosine in turn")
+    return state
+
+
+def grow(state: dict[str, Tensor], rows: int) -> None:
+    """Give the LM's embedding (and an untied head) rows for new tokens, in place: each the mean of those that are there."""
+    for name in ("embed.weight", "head.weight"):
+        if name in state and len(state[name]) < rows:
+            mean = state[name].float().mean(0, keepdim=True).to(state[name].dtype)
+            state[name] = torch.cat([state[name], mean.expand(rows - len(state[name]), -1)])
+
+
+def encoder_state(config: Config, clap: Path, dtype: torch.dtype) -> tuple[dict[str, Tensor], Tensor, str]:
+    """The window encoder's state dict from a CLAP checkpoint, its embedding of silence, and a line on what was read."""
+    encoder = WindowEncoder(config.audio, config.clap).eval()
+    report = load_clap(clap, encoder)
+    with torch.no_grad():
+        silence = encoder(torch.zeros(1, config.audio.window_samples))[0]
+    exact = {name + "." for name, module in encoder.named_modules() if isinstance(module, Float32)}
+    state = {"encoder." + name: value if name.startswith(tuple(exact)) or not value.is_floating_point() else value.to(dtype)
+             for name, value in encoder.state_dict().items()}
+    return state, silence, report
+
+
+def released_model(audio_flamingo: Path, clap: Path, lm: Path, dtype: torch.dtype, slots: int = 8,
+                   base: Config = settings.AF1) -> tuple[Config, PublishedTokenizer, dict[str, Tensor]]:
+    """Settings, tokenizer and whole state dict of a released checkpoint. `base` says what no file tells (heads, windows)."""
+    tokenizer = published_tokenizer(lm)
+    values = read_config(Path(lm))
+    if values["model_type"] != "opt":
+        raise UserError(f"{lm}: a {values['model_type']} model; the released Audio Flamingo checkpoints are built on an OPT, "
+                        "facebook/opt-iml-max-1.3b")
+    rows = open_released(audio_flamingo)[EMBEDDING].shape[0]
+    if rows != tokenizer.vocab_size:
+        raise UserError(f"{audio_flamingo}: its vocabulary has {rows} tokens, that of {lm} with the special tokens "
+                        f"{tokenizer.vocab_size}; expected the language model that the checkpoint was trained on")
+    config = dataclasses.replace(
+        base, audio_id=tokenizer.audio_id,
+        lm=dataclasses.replace(lm_config(values, str(lm)), vocab_size=rows, tied_head=False),
+        representation=dataclasses.replace(base.representation, attend_padding=True, max_audios=slots))
+    state = released_state(audio_flamingo, config, dtype)
+    encoder, silence, report = encoder_state(config, clap, dtype)
+    print(f"{audio_flamingo}: {len(state)} tensors ({sum(t.numel() for t in state.values()) / 1e6:.1f} M numbers)\n{report}")
+    return config, tokenizer, {**state, **encoder, "silence": silence}
+
+
+def new_model(clap: Path | None, lm: Path, dtype: torch.dtype = torch.float32, slots: int = 8, seed: int = 0,
+              base: Config = settings.AF1) -> tuple[Config, PublishedTokenizer, dict[str, Tensor]]:
+    """An untrained Audio Flamingo on a published language model and, unless `clap` is None, a published encoder."""
+    tokenizer = published_tokenizer(lm)
+    lm_settings, weights = lm_state(lm, dtype)
+    rows = max(tokenizer.vocab_size, lm_settings.vocab_size)
+    grow(weights, rows)
+    config = dataclasses.replace(base, audio_id=tokenizer.audio_id, lm=dataclasses.replace(lm_settings, vocab_size=rows),
+                                 representation=dataclasses.replace(base.representation, max_audios=slots))
+    torch.manual_seed(seed)
+    width, heard = config.lm.width, config.clap.out_width
+    parts = {"representation.": Representation(config.representation, heard, config.audio.max_windows)}
+    for i in range(0, config.lm.layers, config.xattn.every):
+        parts[f"xattn.{i}."] = GatedCrossAttention(config.xattn, width, heard, slots)
+    if clap is None:
+        encoder = {"encoder." + name: value for name, value in WindowEncoder(config.audio, config.clap).state_dict().items()}
+    else:
+        encoder, _, report = encoder_state(config, clap, dtype)
+        print(report)
+    state = {prefix + name: value.to(dtype) for prefix, part in parts.items() for name, value in part.state_dict().items()}
+    return config, tokenizer, {**state, **encoder, **{"lm." + name: value for name, value in weights.items()}}
+
+
+def build(config: Config, state: dict[str, Tensor]) -> AudioFlamingo:
+    """The model whose weights *are* the tensors of `state`: nothing is copied, and each keeps its dtype."""
+    with parameters_on_meta():
+        model = AudioFlamingo(config)
+    model.load_state_dict(state, strict=True, assign=True)
+    return model.eval()
+
+
+def write_run(out: Path, config: Config, tokenizer: PublishedTokenizer, state: dict[str, Tensor], origin: dict) -> None:
+    """A run folder (checkpoint.py); model.safetensors comes last: a folder that has it is whole."""
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "config.json", {"model": settings.to_dict(config), "training": {"converted_from": origin}})
+    tokenizer.save(out)
+    write_tensors(out / "model.safetensors", state)
+
+
+def main() -> None:
+    args, began = cli.parse(Arguments, description=__doc__), time.time()
+    if not args.lm:
+        raise UserError("--lm is missing: the folder of the language model (config.json and its vocabulary)")
+    if args.audio_flamingo and not args.clap:
+        raise UserError("--clap is missing: the released checkpoints do not hold their window encoder, clapcap_weights_2023.pth")
+    if args.slots < 1:
+        raise UserError(f"--slots {args.slots}: a text needs room for at least one audio")
+    dtype = DTYPES[args.dtype]
+    if args.audio_flamingo:
+        made = released_model(args.audio_flamingo, args.clap, args.lm, dtype, args.slots)
+    else:
+        made = new_model(args.clap or None, args.lm, dtype, args.slots, args.seed)
+    config, tokenizer, state = made
+    origin = {name: getattr(args, name) for name in ("audio_flamingo", "clap", "lm")}
+    write_run(Path(args.out), config, tokenizer, state, origin)
+    count, size = (sum(f(t) for t in state.values()) for f in (torch.Tensor.numel, lambda t: t.nbytes))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
+    print(f"{args.out}: {count / 1e6:.1f} M numbers, {size / 2 ** 30:.2f} GiB ({args.dtype}), vocabulary {tokenizer.vocab_size}; "
+          f"{time.time() - began:.0f} s, peak memory {peak:.2f} GiB")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,175 @@
+"""Published vocabularies with Audio Flamingo's special tokens on top. Part of pretrained.py.
+
+`PublishedTokenizer` has the interface of text.Tokenizer, so templates, training and sampling know no difference. Three
+layouts of a Hugging Face folder are read:
+
+    tokenizer.json            any vocabulary of the tokenizers package (Llama 3, Qwen2, SmolLM2, ...)
+    vocab.json, merges.txt    byte-level BPE as GPT-2 has it (OPT)
+    tokenizer.model           sentencepiece (Llama 1 and 2)
+
+The released checkpoints number <audio>, <|endofchunk|>, <SEP> behind the V tokens of the vocabulary: V, V + 1, V + 2
+(50265, 50266, 50267 on OPT). A text starts with the beginning-of-text token once, with OPT twice: its tokenizer puts one in
+front of a text that already begins with one, and the published model was trained so.
+
+Text is always encoded with special tokens switched off: a user who types "<audio>" or "</s>" has typed letters.
+"""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import sentencepiece
+import tokenizers
+
+from .cli import UserError
+
+LAYOUTS = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("tokenizer.model",))
+SPECIAL = {"audio_id": "<audio>", "eoc_id": "<|endofchunk|>", "sep_id": "<SEP>"}
+IDS = ("pad_id", "bos_id", "eos_id", *SPECIAL)
+IDS_FILE = "special_tokens.json"     # what `save` writes beside the vocabulary
+
+
+class PublishedTokenizer:
+    """encode and decode of a published vocabulary; ids of the special tokens; `start_ids` begin every text."""
+
+    def __init__(self, vocabulary: "BPE | SentencePiece", ids: dict[str, int], start_ids: list[int]):
+        self.vocabulary = vocabulary
+        self.pad_id, self.bos_id, self.eos_id, self.audio_id, self.eoc_id, self.sep_id = (ids[name] for name in IDS)
+        self.start_ids = list(start_ids)
+        self.special_ids = frozenset(ids.values())
+        self.vocab_size = max(vocabulary.size, 1 + max(self.special_ids))
+
+    def encode(self, text: str) -> list[int]:
+        return self.vocabulary.encode(text)
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of the ids; special tokens are left out."""
+        return self.vocabulary.decode([i for i in ids if i not in self.special_ids and i < self.vocabulary.size])
+
+    def save(self, folder: Path) -> None:
+        """Write the vocabulary and special_tokens.json into `folder`; `load` reads them without the published folder."""
+        self.vocabulary.save(Path(folder))
+        ids = {name: getattr(self, name) for name in IDS}
+        (Path(folder) / IDS_FILE).write_text(json.dumps({**ids, "start_ids": self.start_ids}, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> "PublishedTokenizer":
+        values = read_json(Path(folder) / IDS_FILE)
+        return cls(open_vocabulary(Path(folder), []), {name: values[name] for name in IDS}, values["start_ids"])
+
+
+class BPE:
+    """A vocabulary of the tokenizers package."""
+
+    def __init__(self, engine: tokenizers.Tokenizer):
+        engine.encode_special_tokens = True              # special tokens that are typed are text
+        engine.no_truncation()
+        engine.no_padding()
+        self.engine = engine
+        self.size = 1 + max(engine.get_vocab(with_added_tokens=True).values())
+
+    def encode(self, text: str) -> list[int]:
+        # A lone surrogate, as errors="surrogateescape" leaves it, is no character: it becomes a question mark.
+        return self.engine.encode(text.encode("utf-8", "replace").decode(), add_special_tokens=False).ids
+
+    def decode(self, ids: list[int]) -> str:
+        return self.engine.decode(ids, skip_special_tokens=True)
+
+    def id_of(self, token: str) -> int | None:
+        return self.engine.token_to_id(token)
+
+    def save(self, folder: Path) -> None:
+        self.engine.save(str(folder / "tokenizer.json"))
+
+
+class SentencePiece:
+    """A vocabulary of sentencepiece. Its control symbols never come out of text."""
+
+    def __init__(self, model: bytes):
+        self.model, self.engine = model, sentencepiece.SentencePieceProcessor(model_proto=model)
+        self.size = self.engine.vocab_size()
+
+    def encode(self, text: str) -> list[int]:
+        return self.engine.encode(text.encode("utf-8", "replace").decode())
+
+    def decode(self, ids: list[int]) -> str:
+        return self.engine.decode(ids)
+
+    def id_of(self, token: str) -> int | None:
+        i = self.engine.piece_to_id(token)
+        return i if self.engine.id_to_piece(i) == token else None
+
+    def save(self, folder: Path) -> None:
+        (folder / "tokenizer.model").write_bytes(self.model)
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object; {} if the file does not exist."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: holds a {type(values).__name__}, expected an object")
+    return values
+
+
+def open_vocabulary(folder: Path, special: list[str]) -> BPE | SentencePiece:
+    """The vocabulary of a folder, in the first layout that it has. `special`: tokens that text must never become."""
+    layout = next((names for names in LAYOUTS if all((folder / name).is_file() for name in names)), None)
+    if layout is None:
+        found = ", ".join(sorted(p.name for p in folder.iterdir())[:6]) if folder.is_dir() else "no such folder"
+        raise UserError(f"{folder}: no tokenizer: found {found or 'nothing'}; expected tokenizer.json, or vocab.json with "
+                        "merges.txt, or tokenizer.model")
+    path = folder / layout[0]
+    if layout[0] == "vocab.json" and read_json(folder / "config.json").get("model_type", "opt") != "opt":
+        raise UserError(f"{path}: this family splits words by a rule of its own; expected its tokenizer.json in {folder}")
+    try:
+        if layout[0] == "tokenizer.model":
+            return SentencePiece(path.read_bytes())
+        if layout[0] == "tokenizer.json":
+            values = read_json(path)
+            for token in values.get("added_tokens", []):
+                token["special"] = token["special"] or token["content"] in special
+            return BPE(tokenizers.Tokenizer.from_str(json.dumps(values)))
+        engine = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(str(path), str(folder / "merges.txt")))
+    except UserError:
+        raise
+    except Exception as error:  # both packages raise bare exceptions
+        raise UserError(f"{path}: not a usable vocabulary ({str(error).strip()[:150]})") from None
+    engine.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    engine.decoder = tokenizers.decoders.ByteLevel()
+    return BPE(engine)
+
+
+def published_tokenizer(folder: Path) -> PublishedTokenizer:
+    """The tokenizer of a Hugging Face folder, with Audio Flamingo's three special tokens numbered behind its own."""
+    folder = Path(folder)
+    config = read_json(folder / "config.json")
+    named = {**read_json(folder / "special_tokens_map.json"), **read_json(folder / "tokenizer_config.json")}
+
+    def content(role: str) -> str | None:
+        value = named.get(f"{role}_token")
+        return value.get("content") if isinstance(value, dict) else value
+
+    names = {role: content(role) for role in ("pad", "bos", "eos")}
+    vocabulary = open_vocabulary(folder, [name for name in names.values() if name] + list(SPECIAL.values()))
+
+    def id_of(role: str) -> int | None:
+        found = vocabulary.id_of(names[role]) if names[role] else None
+        value = config.get(f"{role}_token_id") if found is None else found
+        return value[0] if isinstance(value, list) else value
+
+    eos = id_of("eos")
+    if eos is None:
+        raise UserError(f"{folder}: no end-of-text token: neither tokenizer_config.json (eos_token) nor config.json "
+                        "(eos_token_id) names one")
+    ids = {"eos_id": eos, "bos_id": eos if id_of("bos") is None else id_of("bos"),
+           "pad_id": eos if id_of("pad") is None else id_of("pad")}
+    following = vocabulary.size
+    for name, token in SPECIAL.items():
+        ids[name] = vocabulary.id_of(token)
+        if ids[name] is None:
+            ids[name], following = following, following + 1
+    start_ids = [ids["bos_id"]] * (2 if config.get("model_type") == "opt" else 1)
+    return PublishedTokenizer(vocabulary, ids, start_ids)
