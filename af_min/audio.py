@@ -76,7 +76,7 @@ def load(path, sample_rate: int, start: float = 0.0, max_seconds: float | None =
         x_S = np.pad(x_S, (0, length - len(x_S)))
     peak = np.abs(x_S).max()
     x_S = x_S / peak if peak >= SILENT_PEAK else np.zeros_like(x_S)
-    x_S = np.trunc(x_S * 32767) / 32767
+    x_S = np.trunc(x_S * 32767 * (1 + 1e-9)) / 32767                   # 1e-9: what lies on the grid stays on it
     return Recording(x_S.astype(np.float32), sample_rate, (left - wanted) / rate)
 
 

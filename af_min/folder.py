@@ -1,0 +1,248 @@
+"""A user's own recordings -> a prepared data set (format: manifest.py).
+
+    my_sounds/                  file,answer                          file,prompt,answer,split
+      labels.csv                dogs/rex.wav,dog                     rex.wav,how many barks?,three,train
+      dogs/rex.wav              bell.mp3,"a bell, far away"          rex.wav,is it near?,yes,train
+
+Columns `prompt`, `split` (train, val, test) and `task` are optional; a file may have several rows. Without a CSV a file's
+answer is the name of its folder or, on request, its own name without digits and separators (dog-012.wav -> dog).
+
+Nothing is dropped silently: every file and row that cannot be used is counted and named in the report, with the reason.
+Recordings become mono 16-bit flac, named by their content, so that the same sound never stands in two splits.
+"""
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import os
+import re
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import soundfile
+
+from . import audio, manifest
+from .audio import AudioError
+from .cli import UserError
+
+PROMPTS = {"AudioClassification": "classify this sound.", "AudioCaptioning": "describe the sound in a sentence."}
+SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
+               "test": "test", "testing": "test", "eval": "test"}
+ADVICE = "put a CSV with the header file,answer (or file,prompt,answer) into it"
+
+
+@dataclass
+class Report:
+    """What was imported and what was not. `problems`: reason -> names of files or CSV rows."""
+    card: dict = field(default_factory=dict)
+    problems: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+
+    def __str__(self) -> str:
+        card, names = self.card, 5
+        rows = ", ".join(f"{split} {facts['rows']}" for split, facts in card["splits"].items())
+        lines = [f"{card['recordings']} recordings, {card['hours']:.2f} h, {card['classes']} different answers; rows: {rows}",
+                 f"sha256 {card['sha256']}"]
+        for reason, found in sorted(self.problems.items()):
+            more = f" and {len(found) - names} more (all in card.json)" if len(found) > names else ""
+            lines.append(f"not used, {reason}: {len(found)}: {', '.join(found[:names])}{more}")
+        return "\n".join(lines)
+
+
+def import_folder(source, out, sample_rate: int, *, seed: int = 0, val: float = 0.1, test: float = 0.2, max_seconds: float = 60.0,
+                  labels_from_names: bool = False, progress: Callable[[Iterable], Iterable] = iter) -> Report:
+    """Write the data set `out` from the folder `source`. Longer recordings keep their first `max_seconds` (and are reported).
+
+    The same folder and seed give the same files, byte for byte. UserError: no such folder, no answers to be had, a CSV
+    without its columns, or nothing usable.
+    """
+    source, report = Path(source), Report()
+    if not source.is_dir():
+        raise UserError(f"{source}: there is no such folder")
+    if not (val >= 0 and test >= 0 and val + test < 1):
+        raise UserError(f"val {val} and test {test}: both must be 0 or more and leave something for training")
+    files = _audio_files(source, Path(out))
+    table = _find_csv(source)
+    entries = _from_csv(table, files, report) if table and not labels_from_names else \
+        _from_names(source, files, labels_from_names, report)
+    named = {entry["file"] for entry in entries}
+    if table and not labels_from_names:
+        report.problems["no usable row in the CSV"] += [name for name in files.values() if name not in named]
+
+    with manifest.dataset_folder(out) as folder:
+        (folder / "audio").mkdir()
+        stored = {}                                        # file -> (content hash, seconds)
+        for name in progress(sorted(named)):
+            try:
+                stored[name] = _store(source / name, folder / "audio", sample_rate, max_seconds, report, name)
+            except AudioError as error:
+                report.problems[error.reason].append(name)
+        entries = _distinct([entry for entry in entries if entry["file"] in stored], stored, report)
+        report.problems = {reason: found for reason, found in report.problems.items() if found}
+        if not entries:
+            found = "; ".join(f"{reason}: {len(names)}, e.g. {names[0]}" for reason, names in report.problems.items())
+            raise UserError(f"{source}: no usable recording ({found or 'no wav, flac, ogg or mp3 in it'})")
+        _fill_in(entries)
+        splits = _split(entries, stored, seed, val, test, report)
+        rows = defaultdict(list)
+        for entry in entries:
+            content, seconds = stored[entry["file"]]
+            rows[splits[content]].append({
+                "audio": f"audio/{content}.flac", "start": 0.0, "task": entry["task"], "prompt": entry["prompt"],
+                "answer": entry["answer"], "seconds": seconds, "file": entry["file"]})
+        for split in manifest.SPLITS:
+            manifest.write_rows(folder / f"{split}.jsonl", rows[split])
+        report.card = manifest.write_card(
+            folder, name=Path(out).name, source=f"imported from the folder {source.resolve().name}", licence="its owner's",
+            sample_rate=sample_rate, seed=seed, recordings=len(splits), classes=len({entry["answer"] for entry in entries}),
+            not_used=report.problems)
+    return report
+
+
+def _audio_files(source: Path, out: Path) -> dict[str, str]:
+    """NFC name -> name, relative to `source` with forward slashes (macOS stores names decomposed, a CSV rarely does)."""
+    found = {}
+    for folder, inner, names in os.walk(source):
+        inner[:] = sorted(name for name in inner if not name.startswith(".") and (Path(folder) / name).resolve() != out.resolve())
+        for name in sorted(names):
+            if name.lower().endswith(audio.EXTENSIONS) and not name.startswith("."):
+                relative = (Path(folder) / name).relative_to(source).as_posix()
+                found[unicodedata.normalize("NFC", relative)] = relative
+    return found
+
+
+def _find_csv(source: Path) -> Path | None:
+    tables = sorted(path for path in source.iterdir() if path.suffix.lower() == ".csv" and not path.name.startswith("."))
+    if len(tables) > 1:
+        raise UserError(f"{source}: {len(tables)} CSV files ({', '.join(path.name for path in tables[:4])}); leave one")
+    return tables[0] if tables else None
+
+
+def _from_csv(table: Path, files: dict[str, str], report: Report) -> list[dict]:
+    """Rows of the CSV as {"file", "answer", "prompt"?, "split"?, "task"?}; what is wrong goes into the report."""
+    try:
+        with open(table, encoding="utf-8-sig", newline="") as file:
+            text = file.read()
+    except UnicodeDecodeError:
+        raise UserError(f"{table}: not UTF-8; save it as 'CSV UTF-8'") from None
+    lines = csv.reader(io.StringIO(text.replace("\0", ""), newline=""), delimiter=_delimiter(text))
+    entries = []
+    try:
+        header = [name.strip().lower() for name in next(lines, [])]
+        if not {"file", "answer"} <= set(header) or len(set(header)) < len(header):
+            raise UserError(f"{table}:1: expected the columns file, answer and optionally prompt, split, task; got {', '.join(header)[:80] or 'nothing'}")
+        for cells in lines:
+            if not any(cell.strip() for cell in cells):
+                continue
+            where = f"{table.name}:{lines.line_num}"
+            entry = {name: " ".join(cell.split()) for name, cell in zip(header, cells)}
+            if len(cells) != len(header):
+                report.problems["row with too many or too few fields"].append(where)
+            elif not entry["answer"]:
+                report.problems["row without an answer"].append(where)
+            elif entry.get("split") and entry["split"].lower() not in SPLIT_NAMES:
+                report.problems["row with a split that is not train, val or test"].append(f"{where} ({entry['split'][:20]})")
+            else:
+                raw = cells[header.index("file")].strip().replace("\\", "/")
+                name = files.get(unicodedata.normalize("NFC", str(PurePosixPath(raw))))
+                if name:
+                    entries.append({**entry, "file": name})
+                else:
+                    report.problems["row naming a file that is not there"].append(f"{where} ({raw[:60]})")
+    except csv.Error as error:
+        raise UserError(f"{table}:{lines.line_num}: not a CSV ({error})") from None
+    return entries
+
+
+def _delimiter(text: str) -> str:
+    """Semicolons are what spreadsheets write where the comma is the decimal sign."""
+    header = text.split("\n", 1)[0]
+    return ";" if ";" in header and "," not in header else ","
+
+
+def _from_names(source: Path, files: dict[str, str], by_file: bool, report: Report) -> list[dict]:
+    entries = []
+    for name in files.values():
+        path = PurePosixPath(name)
+        label = re.sub(r"[\W\d_]+" if by_file else r"[\s_-]+", " ", path.stem if by_file else path.parent.name).strip()
+        if label:
+            entries.append({"file": name, "answer": label})
+        else:
+            report.problems["no label in its name" if by_file else "not in a folder that names it"].append(name)
+    if files and not entries:
+        raise UserError(f"{source}: no CSV and no names to take answers from; {ADVICE}, sort the files into folders "
+                        "named after their answers, or use --labels-from-names")
+    return entries
+
+
+def _store(path: Path, folder: Path, sample_rate: int, max_seconds: float, report: Report, name: str) -> tuple[str, float]:
+    """Check and convert one recording: (content hash, seconds). AudioError says what is wrong with it."""
+    audio.inspect(path)
+    recording = audio.load(path, sample_rate, max_seconds=max_seconds)
+    if recording.silent:
+        raise AudioError(path, "silent", f"its first {max_seconds} s hold nothing but zeros")
+    if recording.dropped_seconds > 0:
+        report.problems[f"what lies beyond {max_seconds:g} s of a recording"].append(f"{name} ({recording.dropped_seconds:.1f} s)")
+    samples = np.round(recording.samples * 32767).astype(np.int16)
+    content = hashlib.sha256(samples.tobytes()).hexdigest()[:24]
+    if not (folder / f"{content}.flac").exists():
+        soundfile.write(folder / f"{content}.flac", samples, sample_rate, format="FLAC", subtype="PCM_16")
+    return content, round(recording.seconds, 4)
+
+
+def _distinct(entries: list[dict], stored: dict, report: Report) -> list[dict]:
+    """Entries without exact repetitions (a row given twice, or a copy of a file with the same answer)."""
+    seen, kept = {}, []
+    for entry in entries:
+        key = (stored[entry["file"]][0], entry.get("prompt", ""), entry["answer"])
+        if key in seen:
+            report.problems["the same sound and answer again"].append(f"{entry['file']} (as {seen[key]})")
+        else:
+            seen[key] = entry["file"]
+            kept.append(entry)
+    return kept
+
+
+def _fill_in(entries: list[dict]) -> None:
+    """Task and prompt where the CSV has none: a question with its own prompt is AQA; otherwise answers that repeat
+    (on average at least twice) are class names, and answers that differ are captions."""
+    answers = [entry["answer"] for entry in entries if not entry.get("prompt")]
+    default = "AudioClassification" if len(answers) >= 2 * len(set(answers)) else "AudioCaptioning"
+    for entry in entries:
+        entry["task"] = entry.get("task") or ("AQA" if entry.get("prompt") else default)
+        entry["prompt"] = entry.get("prompt") or PROMPTS.get(entry["task"], PROMPTS[default])
+
+
+def _split(entries: list[dict], stored: dict, seed: int, val: float, test: float, report: Report) -> dict[str, str]:
+    """Content hash -> split. A given split wins; the rest is sampled so that every answer gets its share of every split.
+
+    Recordings are sorted by answer and, inside an answer, by a hash with the seed; every (1 / share)-th goes to the
+    split. An answer that only one recording has stays in training, unless all are like that (captions).
+    """
+    given, answer_of = {}, {}
+    for entry in entries:
+        content = stored[entry["file"]][0]
+        answer_of.setdefault(content, entry["answer"])
+        if entry.get("split"):
+            split = SPLIT_NAMES[entry["split"].lower()]
+            if given.setdefault(content, split) != split:
+                report.problems["a second split for the same sound (the first one counts)"].append(entry["file"])
+
+    def shuffled(content: str) -> str:
+        return hashlib.sha256(f"{seed} {content}".encode()).hexdigest()
+
+    count = Counter(answer_of.values())
+    repeats = any(number > 1 for number in count.values())
+    free = sorted((content for content, answer in answer_of.items() if content not in given and (count[answer] > 1 or not repeats)),
+                  key=lambda content: (answer_of[content] if repeats else "", shuffled(content)))
+    splits = dict.fromkeys(answer_of, "train") | given
+    for split, share in (("test", test), ("val", val / (1 - test))):
+        offset = int(shuffled(split)[:8], 16) / 2 ** 32
+        chosen = {content for i, content in enumerate(free) if int((i + 1) * share + offset) > int(i * share + offset)}
+        splits |= dict.fromkeys(chosen, split)
+        free = [content for content in free if content not in chosen]
+    return splits
