@@ -78,7 +78,7 @@ def recorded(module, label: str, run) -> list[Launch]:
 
 
 def every_launch(quick: bool) -> list[Launch]:
-    """AF1's shapes, long audio and one-token decoding, at every head width and precision."""
+    """AF1's shapes, odd ones, long audio and one-token decoding, at every head width and precision."""
     from . import masked_xattn, residual
     found = []
     for dtype in (torch.bfloat16,) if quick else (torch.bfloat16, torch.float16, torch.float32):
@@ -87,10 +87,10 @@ def every_launch(quick: bool) -> list[Launch]:
                 q, k, v = (torch.empty(1, n, 8, K, dtype=dtype).transpose(1, 2) for n in (T, L, L))
                 kv_len = torch.zeros(1, T, dtype=torch.int32)
                 o, lse = masked_xattn.forward_op(q, k, v, kv_len)
-                if (T, L) == (512, 128):
+                if 1 < T and L <= 128:
                     masked_xattn.backward_op(o, q, k, v, kv_len, o, lse)
-            for T, L in ((512, 128), (512, masked_xattn.LONG), (1, 128), (1, 4 * masked_xattn.SPLIT)):
-                found += recorded(masked_xattn, f"K {K} L {L}", lambda: attention(T, L))
+            for T, L in ((512, 128), (509, 113), (512, masked_xattn.LONG), (1, 128), (1, 4 * masked_xattn.SPLIT)):
+                found += recorded(masked_xattn, f"K {K} T {T} L {L}", lambda: attention(T, L))
         for rows in (512, 1):
             x, a, w, gate = (torch.empty(*s, dtype=dtype) for s in ((rows, 2048), (rows, 512), (2048, 512), (1,)))
             found += recorded(residual, f"rows {rows}", lambda: residual.forward_op(x, a, w, gate))
@@ -147,7 +147,7 @@ def check(launch: Launch, capability: int) -> tuple[str, list[str]]:
     if capability == 90 and rows >= 64 and dtype != torch.float32 and not wgmma:
         wrong.append("does not use wgmma")
     tile = " ".join(f"{name[6:].lower()}{constants[name]}" for name in constants if name.startswith("BLOCK"))
-    line = (f"{launch.kernel.__name__:17} {launch.label:12} {NAMES[dtype]:5} sm_{capability}  {tile:16} "
+    line = (f"{launch.kernel.__name__:17} {launch.label:18} {NAMES[dtype]:5} sm_{capability}  {tile:16} "
             f"warps {launch.options.get('num_warps', 4)}  registers {registers:3}  spilled {spilled:3}  shared {shared:6}"
             f"{'  wgmma' if wgmma else ''}")
     return line, wrong

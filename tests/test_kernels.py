@@ -1,0 +1,161 @@
+"""Masked cross-attention and gated residual: the PyTorch reference, the choice of backend, and two runs of the Triton kernels
+that need no GPU, under the interpreter (tests/test_kernels_interpreted.py) and ahead of time through the compiler."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import kernels
+from af_min.cli import UserError
+from kernels import reference
+
+ROOT = Path(__file__).parent.parent
+needs_triton = pytest.mark.skipif(not kernels.TRITON_INSTALLED, reason="triton has no package for this platform")
+
+
+def python(*arguments, **environment):
+    """A Python process of its own, on one thread; fails with the end of what it printed."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", **environment}
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, f"got exit code {done.returncode}, expected 0\n{(done.stdout + done.stderr)[-4000:]}"
+    return done.stdout
+
+
+def make(T=6, L=5, dtype=torch.float64):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(3, n, 2, 8, dtype=dtype).transpose(1, 2) for n in (T, L, L))
+    kv_len = torch.tensor([[0] * T, [0] + [min(2, L)] * (T - 1), [L] * T], dtype=torch.int32)
+    return [x.requires_grad_() for x in (q, k, v)] + [kv_len]
+
+
+def test_reference_is_softmax_over_a_prefix():
+    """Both forms of the reference equal a loop over tokens; kv_len 0 gives exactly 0."""
+    q, k, v, kv_len = make()
+    for function in (reference.attend, reference.attend_cpu, kernels.masked_cross_attention):
+        out = function(q, k, v, kv_len)
+        for b in range(3):
+            for t in range(6):
+                n = kv_len[b, t]
+                weights = torch.softmax(torch.einsum("hk,hlk->hl", q[b, :, t], k[b, :, :n]) / 8 ** 0.5, -1)
+                torch.testing.assert_close(out[b, :, t], torch.einsum("hl,hlk->hk", weights, v[b, :, :n]))
+        assert (out[0] == 0).all()
+
+
+@pytest.mark.parametrize("function", [reference.attend, reference.attend_cpu])
+def test_reference_gradients(function):
+    """Analytical equals numerical; samples and tokens without audio have zero gradients."""
+    q, k, v, kv_len = make(4, 3)
+    assert torch.autograd.gradcheck(lambda *x: function(*x, kv_len), (q, k, v))
+    dq, dk, dv = torch.autograd.grad(function(q, k, v, kv_len).sum(), (q, k, v))
+    assert (dq[0] == 0).all() and (dk[0] == 0).all() and (dv[0] == 0).all() and (dq[1, :, 0] == 0).all()
+
+
+@pytest.mark.parametrize("function", [reference.attend, reference.attend_cpu])
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_unused_keys_may_hold_anything(function, poison):
+    q, k, v, kv_len = make()
+    clean = function(q, k, v, kv_len)
+    bad_k, bad_v = k.detach().clone(), v.detach().clone()
+    for x in (bad_k, bad_v):
+        x[0], x[1, :, 2:] = poison, poison
+        x.requires_grad_()
+    out = function(q, bad_k, bad_v, kv_len)
+    torch.testing.assert_close(out, clean)
+    wanted = torch.autograd.grad(clean.sum(), (q, k, v))
+    for got, want in zip(torch.autograd.grad(out.sum(), (q, bad_k, bad_v)), wanted):
+        torch.testing.assert_close(got, want)
+
+
+def test_no_audio_in_the_batch():
+    """L = 0, and L > 0 of which nothing is visible: zeros, and zero (not missing) gradients."""
+    for L in (0, 4):
+        q, k, v, _ = make(3, L)
+        out = kernels.masked_cross_attention(q, k, v, torch.zeros(3, 3, dtype=torch.int32))
+        assert (out == 0).all() and all((g == 0).all() for g in torch.autograd.grad(out.sum(), (q, k, v)))
+
+
+def test_shared_mask_follows_its_kv_len():
+    """Layers share the mask of one kv_len tensor; writing to the tensor, another tensor or precision makes a new one."""
+    q, k, v, kv_len = make()
+    kernels.masked_cross_attention(q, k, v, kv_len)
+    assert reference.additive_mask(kv_len, q.dtype)[1] is reference.additive_mask(kv_len, q.dtype)[1]
+    kv_len[1, 3:] = 4
+    torch.testing.assert_close(kernels.masked_cross_attention(q, k, v, kv_len), reference.attend(q, k, v, kv_len))
+    other = kv_len.clamp(max=3)
+    torch.testing.assert_close(kernels.masked_cross_attention(q, k, v, other), reference.attend(q, k, v, other))
+    assert reference.additive_mask(other, torch.bfloat16)[1].dtype == torch.bfloat16
+    with torch.inference_mode():
+        moved = kv_len + 0
+        kernels.masked_cross_attention(q, k, v, moved)
+        moved[1] = 1
+        torch.testing.assert_close(kernels.masked_cross_attention(q, k, v, moved), reference.attend(q, k, v, moved))
+
+
+def test_gated_residual_reference():
+    """x + tanh(gate) · a Wᵀ in float64, with numerical gradients."""
+    torch.manual_seed(0)
+    x, a, w, gate = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((2, 3, 4), (2, 3, 5), (4, 5), (1,)))
+    torch.testing.assert_close(kernels.gated_residual(x, a, w, gate), x + torch.tanh(gate) * torch.einsum("bte,de->btd", a, w))
+    assert torch.autograd.gradcheck(kernels.gated_residual, (x, a, w, gate))
+
+
+def test_forced_backend_that_cannot_run_is_an_error(monkeypatch):
+    """The argument and the environment choose; what cannot run says why; a CPU runs the reference unless asked."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.delenv("AF_MIN_KERNELS", raising=False)
+    q, k, v, kv_len = make(dtype=torch.float32)
+    wide = [torch.zeros(3, 2, n, 64) for n in (6, 5, 5)] + [kv_len]
+    kernels.masked_cross_attention(q, k, v, kv_len)
+    with pytest.raises(UserError, match="unknown backend"):
+        kernels.masked_cross_attention(q, k, v, kv_len, backend="cuda")
+    if kernels.TRITON_INSTALLED:
+        with pytest.raises(UserError, match="tensors are on the CPU"):
+            kernels.masked_cross_attention(*wide, backend="triton")
+        with pytest.raises(UserError, match="not float64"):
+            kernels.masked_cross_attention(*(x.double() for x in wide[:3]), kv_len, backend="triton")
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        with pytest.raises(UserError, match="head width 8"):
+            kernels.masked_cross_attention(q, k, v, kv_len, backend="triton")
+    monkeypatch.setattr(kernels, "TRITON_INSTALLED", False)
+    monkeypatch.setenv("AF_MIN_KERNELS", "triton")
+    with pytest.raises(UserError, match="AF_MIN_KERNELS=triton cannot run: the package triton is not installed"):
+        kernels.masked_cross_attention(*wide)
+    kernels.masked_cross_attention(*wide, backend="reference")
+
+
+def test_works_without_triton():
+    python("-c", "import sys; sys.modules['triton'] = None\n"
+           "import torch, kernels\n"
+           "x = torch.ones(1, 1, 2, 8)\n"
+           "assert not kernels.TRITON_INSTALLED\n"
+           "assert (kernels.masked_cross_attention(x, x, x, torch.tensor([[0, 1]], dtype=torch.int32))[0, 0, 1] == 1).all()")
+
+
+@needs_triton
+def test_kernels_under_the_interpreter():
+    """Forward and every gradient on odd sizes in three precisions: see tests/test_kernels_interpreted.py."""
+    out = python("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not slow", "tests/test_kernels_interpreted.py",
+                 TRITON_INTERPRET="1")
+    assert " passed" in out and "skipped" not in out
+
+
+@needs_triton
+@pytest.mark.slow
+def test_kernels_under_the_interpreter_large():
+    python("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "slow", "tests/test_kernels_interpreted.py", TRITON_INTERPRET="1")
+
+
+@needs_triton
+def test_kernels_compile_without_spills():
+    """sm_80 and sm_90, head width 64, bf16: no spilled register, shared memory in bounds, wgmma on sm_90."""
+    out = python("-m", "kernels.check_compile", "--quick", TRITON_INTERPRET="0")
+    assert "no faults" in out and "wgmma" in out
+
+
+@needs_triton
+@pytest.mark.slow
+def test_every_configuration_compiles_without_spills():
+    assert "no faults" in python("-m", "kernels.check_compile", TRITON_INTERPRET="0")
