@@ -345,20 +345,18 @@ def main() -> None:
 
 
 def start_from(args: Args, folders, run: Path, world: World):
-    """Tokenizer and configuration: the interrupted run's, those of --init, or new ones."""
+    """Tokenizer and configuration: the interrupted run's, those of --init, or new ones, which are written into the run."""
     home = run if args.resume else Path(args.init) if args.init else None
     if home:
-        return text.Tokenizer.load(home / "tokenizer.model"), checkpoint.load_config(home)
-    if world.rank == 0:
+        tokenizer, config = text.Tokenizer.load(home / "tokenizer.model"), checkpoint.load_config(home)
+    else:
+        tokenizer, config = make_tokenizer(folders, PRESETS[args.preset].lm.vocab_size), PRESETS[args.preset]
+        config = replace(config, lm=replace(config.lm, vocab_size=tokenizer.vocab_size), audio_id=tokenizer.audio_id,
+                         pool_windows=args.pool_windows)
+    if world.rank == 0 and not args.resume:
         run.mkdir(parents=True, exist_ok=True)
         (run / "log.jsonl").unlink(missing_ok=True)
-        make_tokenizer(folders, PRESETS[args.preset].lm.vocab_size).save(run / "tokenizer.model")
-    world.wait()
-    tokenizer, config = text.Tokenizer.load(run / "tokenizer.model"), PRESETS[args.preset]
-    config = replace(config, lm=replace(config.lm, vocab_size=tokenizer.vocab_size), audio_id=tokenizer.audio_id,
-                     pool_windows=args.pool_windows)
-    if world.rank == 0:
-        checkpoint.write_json(run / "config.json", {"model": asdict(config), "training": {"args": asdict(args)}})
+        checkpoint.save_settings(run, config, tokenizer, {"args": asdict(args)})
     world.wait()
     return tokenizer, config
 

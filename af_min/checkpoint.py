@@ -67,11 +67,21 @@ def load_strictly(module: nn.Module, tensors: dict[str, torch.Tensor], where) ->
     module.load_state_dict(tensors)
 
 
-def save_run(run: Path, model: nn.Module, config: Config, tokenizer: Tokenizer, training: dict) -> None:
-    """config.json, tokenizer.model and, last, model.safetensors."""
+def save_settings(run: Path, config: Config, tokenizer: Tokenizer, training: dict) -> None:
+    """config.json and tokenizer.model."""
     run.mkdir(parents=True, exist_ok=True)
     write_json(run / "config.json", {"model": settings.to_dict(config), "training": training})
     tokenizer.save(run / "tokenizer.model")
+
+
+def load_config(run: Path) -> Config:
+    path = Path(run) / "config.json"
+    return settings.from_dict(Config, read_json(path)["model"], str(path))
+
+
+def save_run(run: Path, model: nn.Module, config: Config, tokenizer: Tokenizer, training: dict) -> None:
+    """A whole run folder: settings first, weights last."""
+    save_settings(run, config, tokenizer, training)
     write_tensors(run / "model.safetensors", model.state_dict())
 
 
@@ -126,6 +136,3 @@ def find_checkpoint(run: Path) -> Path | None:
             return run / name
     return None
 
-
-def load_config(run: Path) -> Config:
-    return settings.from_dict(Config, read_json(Path(run) / "config.json")["model"], str(Path(run) / "config.json"))

@@ -32,7 +32,8 @@ WINDOW = 0.8                # seconds of a captioned window
 
 @dataclass(frozen=True)
 class Event:
-    name: str               # class, or the description of a texture
+    name: str               # class, or "" for a texture
+    words: str              # what it sounds like, without the name
     pitch: str
     length: str
     start: float            # seconds
@@ -48,8 +49,8 @@ def compose(sounds: list[tuple[str, Patch]], rng: np.random.Generator) -> tuple[
         for name, patch in sounds:
             pitch, length = str(rng.choice(list(PITCH))), str(rng.choice(list(LENGTH)))
             seconds = rng.uniform(*LENGTH[length])
-            events.append(Event(name, pitch, length, at, at + seconds))
-            pieces.append((patch, seconds, PITCH[pitch] if name in CLASSES else 1.0))
+            events.append(Event(name, describe(patch, PITCH[pitch]), pitch, length, at, at + seconds))
+            pieces.append((patch, seconds, PITCH[pitch]))
             at += seconds + rng.uniform(0.1, 0.35)
         if events[-1].end + 0.1 <= MAX_SECONDS:
             break
@@ -70,16 +71,15 @@ def draw_names(count: int, rng: np.random.Generator) -> list[str]:
     return [str(n) for n in rng.choice(rng.choice(names, 2, replace=False), count)]
 
 
-def window_text(events: list[Event], start: float, patches: dict[str, Patch], rng: np.random.Generator) -> str:
-    """Caption of one window: its events in order, and for each whether the window cuts it."""
+def window_text(events: list[Event], start: float, rng: np.random.Generator) -> str:
+    """Caption of one window: its events in order, by name or by what they sound like, and whether the window cuts them."""
     parts = []
     for e in events:
         if min(e.end, start + WINDOW) - max(e.start, start) < 0.06:
             continue
         cut = {(True, True): e.length, (True, False): "start of", (False, True): "end of", (False, False): "middle of"}[
             e.start >= start - 0.03, e.end <= start + WINDOW + 0.03]
-        name = e.name if e.name not in patches else f"{e.pitch} {e.name}" if rng.random() < 0.7 else describe(patches[e.name])
-        parts.append(f"{cut} {name}")
+        parts.append(f"{cut} {e.pitch} {e.name}" if e.name and rng.random() < 0.5 else f"{cut} {e.words}")
     return ", ".join(parts) or "silence"
 
 
@@ -87,7 +87,7 @@ def window_text(events: list[Event], start: float, patches: dict[str, Patch], rn
 
 def description(events: list[Event]) -> str:
     """What a text-only reader is told in the place of <audio>."""
-    return " then ".join(f"{e.length} {e.pitch} {e.name}" for e in events)
+    return " then ".join(f"{e.length} {e.pitch} {e.name}" if e.name else f"{e.length} {e.words}" for e in events)
 
 
 def once(events: list[Event]) -> list[int]:
@@ -193,7 +193,8 @@ def episode(clips: dict[str, list[dict]], names: list[str], extra: int, split: s
     A word that no earlier shot has introduced cannot be inferred: its shot carries "loss": false. In half of the episodes the
     text-only description names no class, so that the LM learns to match any words, not the names that it knows.
     """
-    told = {n: {"description": describe(random_patch(rng))} for n in names} if rng.random() < 0.5 else dict.fromkeys(names, {})
+    told = dict.fromkeys(names, {}) if rng.random() < 0.5 else {
+        n: {"description": describe(random_patch(rng), 1.0)} for n in names}
     words: dict[str, str] = {}
     for name in names:
         while (word := made_up_word(split, rng)) in words.values():
@@ -216,8 +217,10 @@ class Sizes:
     train: int = 3600       # scenes
     val: int = 120
     test: int = 2100
-    textures: int = 1200
-    clips: int = 60         # of every class in train (20 classes); half as many in test (26 classes)
+    textures: int = 1500
+    clips: int = 40         # of every class, in train (20 classes) and in test (26 classes)
+    kinds: int = 150        # classes without a name, that few-shot training draws from too
+    kind_clips: int = 8     # of each of those
     episodes: int = 7000    # in train; test has 1050 of each kind
     test_items: int = 1050  # of every question in test
 
@@ -230,7 +233,7 @@ class Writer:
         (folder / "audio").mkdir(parents=True, exist_ok=True)
 
     def rng(self, kind: str, index: int) -> np.random.Generator:
-        return np.random.default_rng([self.seed, int.from_bytes(kind.encode(), "little") % 2 ** 32, index])
+        return np.random.default_rng([self.seed, *hashlib.sha256(kind.encode()).digest()[:8], index])
 
     def save(self, name: str, wave: np.ndarray) -> str:
         soundfile.write(self.folder / "audio" / f"{name}.wav", wave, RATE, subtype="PCM_16")
@@ -253,23 +256,22 @@ def scene_rows(writer: Writer, split: str, index: int) -> list[dict]:
         rows += [{**head, "description": description(events), "task": task, "prompt": q, "answer": a} for q, a in asked]
     rows.append({**head, "description": description(events), "task": "Dialogue", "turns": dialogue(events, rng)})
     if split == "train":
-        rows += window_rows(head, events, TRAIN_CLASSES, 4, rng)
+        rows += window_rows(head, events, 4, rng)
     return rows
 
 
-def window_rows(head: dict, events: list[Event], patches: dict[str, Patch], count: int, rng: np.random.Generator) -> list[dict]:
+def window_rows(head: dict, events: list[Event], count: int, rng: np.random.Generator) -> list[dict]:
     """Captions of `count` windows of one recording, at random places of at least one window's length."""
     starts = np.sort(rng.uniform(0, max(0.0, head["seconds"] - WINDOW), count)).round(3)
     return [{**head, "start": float(s), "seconds": WINDOW, "task": "WindowText", "prompt": "what is heard?",
-             "answer": window_text(events, float(s), patches, rng)} for s in starts]
+             "answer": window_text(events, float(s), rng)} for s in starts]
 
 
 def texture_rows(writer: Writer, index: int) -> list[dict]:
     rng = writer.rng("texture", index)
-    sounds = [(describe(p), p) for p in (random_patch(rng) for _ in range(1 + index % 4))]
-    wave, events = compose(sounds, rng)
+    wave, events = compose([("", random_patch(rng)) for _ in range(1 + index % 4)], rng)
     head = {"audio": writer.save(f"texture-{index:05d}", wave), "start": 0.0, "seconds": round(len(wave) / RATE, 3)}
-    return window_rows(head, events, {}, 4, rng)
+    return window_rows(head, events, 4, rng)
 
 
 def balanced(rows: list[dict], count: int, rng: np.random.Generator, even: bool) -> list[dict]:
@@ -291,7 +293,7 @@ def make_clips(writer: Writer, split: str, classes: dict[str, Patch], count: int
         clips[name] = []
         for index in range(count):
             rng = writer.rng(f"{split}-{name}", index)
-            wave, events = compose([(name, patch)], rng)
+            wave, events = compose([(name if name in CLASSES else "", patch)], rng)
             clips[name].append({"audio": writer.save(f"{split}-{name}-{index:03d}", wave), "start": 0.0,
                                 "seconds": round(len(wave) / RATE, 3), "description": description(events)})
     return clips
@@ -318,13 +320,16 @@ def build(folder: Path, seed: int = 0, sizes: Sizes = Sizes(), progress=lambda r
         else:
             rows[split] += scene_rows(writer, split, index)
     clips = make_clips(writer, "train", TRAIN_CLASSES, sizes.clips)
-    for _ in range(sizes.episodes):
+    kinds = {f"kind{i:03d}": random_patch(writer.rng("kind", i)) for i in range(sizes.kinds)}
+    kind_clips = make_clips(writer, "train", kinds, sizes.kind_clips)
+    for number in range(sizes.episodes):
+        pool = clips if number % 5 < 2 else kind_clips
         ways = int(rng.integers(2, 6))
-        names = [str(n) for n in rng.choice(list(TRAIN_CLASSES), ways, replace=False)]
-        rows["train"].append(episode(clips, names, int(rng.integers(0, 9 - ways)), "train", rng))
+        names = [str(n) for n in rng.choice(list(pool), ways, replace=False)]
+        rows["train"].append(episode(pool, names, int(rng.integers(0, 9 - ways)), "train", rng))
     rows["train"] += [{**clip, "task": "AudioClassification", "prompt": options_prompt(name, rng), "answer": name}
                       for name in clips for clip in clips[name]]
-    clips = make_clips(writer, "test", CLASSES, max(10, sizes.clips // 2))
+    clips = make_clips(writer, "test", CLASSES, sizes.clips)
     test = defaultdict(list)
     for row in rows["test"]:
         test[row["task"]].append(row)

@@ -70,9 +70,10 @@ def random_patch(rng: np.random.Generator) -> Patch:
                          float(rng.uniform(4, 20)))
 
 
-def describe(patch: Patch) -> str:
-    """Words for what is heard, without the name of a class: 'shrill pulsed wobbling tone'."""
-    register = "deep" if patch.base < 350 else "middle" if patch.base < 1100 else "shrill"
+def describe(patch: Patch, pitch: float) -> str:
+    """Words for what is heard, without the name of a class: 'shrill pulsed wobbling tone'. `pitch` as in `render`."""
+    frequency = patch.base * pitch
+    register = "deep" if frequency < 350 else "middle" if frequency < 1100 else "shrill"
     return f"{register} {patch.envelope} {patch.contour} {patch.source}"
 
 
