@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -99,7 +100,7 @@ def open_torch(path: Path) -> dict[str, Entry]:
             content = torch.load(path, map_location="cpu", weights_only=True)
         if any(tensor.untyped_storage()._checkpoint_offset is None or not tensor.is_contiguous()
                for tensor in tensors_of(content).values()):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # torch raises many types here, one for each way a file can be broken
         reason = str(error).strip().split("\n")[0][:150] or type(error).__name__
         raise UserError(f"{path}: torch.load (weights_only=True) cannot read it: {reason}; expected a complete file of "

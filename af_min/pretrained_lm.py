@@ -141,11 +141,16 @@ def require(values: dict, where: str, **only) -> None:
 def lm_config(values: dict, where: str) -> LMConfig:
     """Our settings from a Hugging Face config.json, old and new spellings."""
     try:
-        return opt_config(values, where) if values["model_type"] == "opt" else llama_config(values, where)
+        config = opt_config(values, where) if values["model_type"] == "opt" else llama_config(values, where)
     except KeyError as error:
         raise UserError(f"{where}: setting {error} is missing") from None
-    except (TypeError, ZeroDivisionError) as error:
-        raise UserError(f"{where}: a setting has an unusable value ({error})") from None
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise error if isinstance(error, UserError) else UserError(f"{where}: a setting has an unusable value ({error})") from None
+    for name in ("vocab_size", "width", "layers", "heads", "kv_heads", "head_dim", "inner", "max_positions"):
+        value = getattr(config, name)
+        if not isinstance(value, int) or value < 1:
+            raise UserError(f"{where}: {name} is {value!r}, expected a positive whole number")
+    return config
 
 
 def opt_config(values: dict, where: str) -> LMConfig:
