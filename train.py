@@ -284,12 +284,14 @@ def train_stage(stage: str, first_step: int, everything: Everything, objective, 
 
 def make_tokenizer(folders, vocab_size: int) -> text.Tokenizer:
     """Trained on what the model is to read and write: prompts, answers, descriptions and turns of the training rows."""
-    lines: set[str] = set(text.PREFIXES.values()) | {text.SHOTS_PREFIX, "\nAnswer:", "user: ", " \nassistant: "}
+    lines = []
     for folder, _ in folders:
         for row in manifest.read_rows(folder / "train.jsonl"):
+            lines.append(text.SHOTS_PREFIX * ("shots" in row) + text.prefix(row["task"]))
             for part in [row, *row.get("shots", []), *row.get("turns", [])]:
-                lines |= {part[k].lower() for k in ("prompt", "answer", "description", "user", "assistant") if k in part}
-    return text.Tokenizer.train(sorted(lines), vocab_size)
+                lines += [part[k].lower() for k in ("prompt", "answer", "description", "user", "assistant") if k in part]
+            lines += ["\nAnswer:", "\nuser: ", "\nassistant: "]
+    return text.Tokenizer.train(lines, vocab_size)
 
 
 def stage_settings(args: Args, stage: str) -> StageConfig:

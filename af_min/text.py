@@ -53,10 +53,10 @@ class Tokenizer:
 
     @classmethod
     def train(cls, lines: Iterable[str], vocab_size: int) -> "Tokenizer":
-        """A unigram tokenizer of `vocab_size` ids, special ones included. Every byte has a piece: no text is unknown."""
+        """A BPE tokenizer of `vocab_size` ids, special ones included. Every byte has a piece: no text is unknown."""
         out = io.BytesIO()
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines), model_writer=out, vocab_size=vocab_size - 6, model_type="unigram", byte_fallback=True,
+            sentence_iterator=iter(lines), model_writer=out, vocab_size=vocab_size - 6, model_type="bpe", byte_fallback=True,
             normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=False,
             user_defined_symbols=["\n"], bos_id=-1, eos_id=-1, pad_id=-1, hard_vocab_limit=False, num_threads=1,
             split_digits=True, minloglevel=2)
@@ -75,11 +75,12 @@ class Tokenizer:
         Path(file.name).rename(path)
 
     def encode(self, text: str) -> list[int]:
-        return self.pieces.encode(text)
+        """A word at the beginning is the same token as after a space: an answer is spelt as in the prompt that names it."""
+        return self.pieces.encode(" " + text if text[:1].isalnum() else text)
 
     def decode(self, ids: list[int]) -> str:
-        """Text of the ids; special tokens are left out."""
-        return self.pieces.decode([i for i in ids if i < self.pieces.vocab_size()])
+        """Text of the ids, without the first space; special tokens are left out."""
+        return self.pieces.decode([i for i in ids if i < self.pieces.vocab_size()]).removeprefix(" ")
 
 
 @dataclass(frozen=True)
