@@ -131,8 +131,8 @@ def _check_truncation(path, file: soundfile.SoundFile) -> None:
         said, held = map(int, cut.groups())
         if held < said < 0x7FFF0000:                       # larger: "unknown", as streaming programs write it
             found = f"{held} bytes of sound, its header says {said}"
-    elif "End-Of-Stream" in log or "lacks an end-of-stream" in log:
-        found = "its last Ogg page is missing"
+    elif re.search("Ogg *: (File ended|Last page lacks|Junk after)", log):
+        found = "its last Ogg page is missing or cut off"
     elif file.format == "MP3":
         said, held = _mp3_bytes(Path(path))
         if held < said:

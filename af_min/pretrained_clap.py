@@ -79,14 +79,12 @@ def load_clap(path, encoder: WindowEncoder) -> str:
     if unexpected := sorted(key for key in tower if key not in used and not UNUSED.match(key)):
         raise UserError(f"{path}: {len(unexpected)} weights do not fit, first {prefixes[0]}{unexpected[0]}; {EXPECTED} "
                         f"and {len(encoder.stages)} stages of {encoder.clap.depths} blocks")
+    found["patches.weight"] = found["patches.weight"].flatten(1)               # convolution (D, 1, p, q) -> linear (D, p q)
     for ours, value in found.items():
-        if ours == "patches.weight":
-            value = value.flatten(1)                                           # convolution (D, 1, p, q) -> linear (D, p q)
         if value.shape != wanted[ours].shape:
             raise UserError(f"{path}: {names.get(ours, REAL)}: found shape {tuple(value.shape)}, expected "
                             f"{tuple(wanted[ours].shape)}; is this preset's encoder the published one (preset af1)?")
-        with torch.no_grad():
-            wanted[ours].copy_(value)                                          # a view of the module's own storage
+    encoder.load_state_dict(found)
     count = sum(value.numel() for value in found.values())
     return f"{path}: {len(found)} tensors ({count / 1e6:.1f} M numbers) loaded, {len(stored) - len(used & set(tower))} not needed"
 
