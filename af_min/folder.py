@@ -82,12 +82,12 @@ def import_folder(source, out, sample_rate: int, *, seed: int = 0, val: float = 
             except AudioError as error:
                 report.problems[error.reason].append(name)
         entries = _distinct([entry for entry in entries if entry["file"] in stored], stored, report)
-        report.problems = {reason: found for reason, found in report.problems.items() if found}
         if not entries:
-            found = "; ".join(f"{reason}: {len(names)}, e.g. {names[0]}" for reason, names in report.problems.items())
+            found = "; ".join(f"{reason}: {len(names)}, e.g. {names[0]}" for reason, names in report.problems.items() if names)
             raise UserError(f"{source}: no usable recording ({found or 'no wav, flac, ogg or mp3 in it'})")
         _fill_in(entries)
         splits = _split(entries, stored, seed, val, test, report)
+        report.problems = {reason: found for reason, found in report.problems.items() if found}
         rows = defaultdict(list)
         for entry in entries:
             content, seconds = stored[entry["file"]]

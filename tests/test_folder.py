@@ -1,0 +1,348 @@
+"""Importing one's own recordings: everything usable is used once, everything else is counted and named, nothing is half-written."""
+import json
+import shutil
+import unicodedata
+
+import numpy as np
+import pytest
+import soundfile
+
+from af_min import manifest
+from af_min.cli import UserError
+from af_min.folder import import_folder
+
+RATE = 16_000
+ROW = {"audio": "audio/x.flac", "task": "AQA", "prompt": "how many?", "answer": "two"}
+
+
+def sound(path, seed: int, rate: int = RATE, seconds: float = 0.2, channels: int = 1, **kind):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    x = np.random.default_rng(seed).standard_normal((round(seconds * rate), channels)) * 0.1
+    soundfile.write(path, x, rate, **kind)
+    return path
+
+
+def csv(folder, text: str, encoding: str = "utf-8", name: str = "labels.csv"):
+    (folder / name).write_bytes(text.encode(encoding))
+
+
+def rows_of(out) -> list[dict]:
+    return [row | {"split": split} for split in manifest.SPLITS for row in manifest.read_rows(out / f"{split}.jsonl")]
+
+
+@pytest.fixture
+def src(tmp_path):
+    folder = tmp_path / "my sounds"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "out"
+
+
+def three_classes(src, each: int = 10) -> None:
+    lines = ["file,answer"]
+    for n in range(3 * each):
+        extension = ("wav", "flac", "ogg", "mp3")[n % 4]
+        sound(src / f"{n}.{extension}", n, (8_000, 22_050, 44_100)[n % 3], channels=1 + n % 2)
+        lines.append(f"{n}.{extension},{('dog', 'bell', 'cat')[n % 3]}")
+    csv(src, "\n".join(lines))
+
+
+# ---------------------------------------------------------------------- what a good folder becomes
+
+def test_a_folder_of_every_format(src, out):
+    three_classes(src)
+    report = import_folder(src, out, RATE)
+    rows = rows_of(out)
+    assert len(rows) == 30 and report.problems == {} and report.card == manifest.read_card(out)
+    for row in rows:
+        samples, rate = soundfile.read(out / row["audio"])
+        assert rate == RATE and samples.ndim == 1 and abs(len(samples) / rate - row["seconds"]) < 1e-3 and row["seconds"] > 0.15
+        assert row["answer"] == ("dog", "bell", "cat")[int(row["file"].split(".")[0]) % 3]
+        assert (row["task"], row["prompt"], row["start"]) == ("AudioClassification", "classify this sound.", 0.0)
+    assert report.card["classes"] == 3 and report.card["recordings"] == 30 and 0.0015 < report.card["hours"] < 0.0025
+    assert {path.name for path in out.iterdir()} == {"train.jsonl", "val.jsonl", "test.jsonl", "audio", "card.json"}
+    assert "30 recordings" in str(report) and report.card["sha256"] in str(report)
+
+
+def test_splits_are_stratified_disjoint_and_the_same_every_time(src, out, tmp_path):
+    three_classes(src)
+    first, again, other = (import_folder(src, tmp_path / name, RATE, seed=seed).card for name, seed in (("a", 0), ("b", 0), ("c", 1)))
+    assert first["sha256"] == again["sha256"] != other["sha256"]
+    assert [first["splits"][split]["rows"] for split in manifest.SPLITS] == [21, 3, 6]
+    rows = rows_of(tmp_path / "a")
+    for answer in ("dog", "bell", "cat"):
+        assert sum(row["answer"] == answer and row["split"] == "test" for row in rows) == 2
+    where = {}
+    for row in rows:
+        assert where.setdefault(row["audio"], row["split"]) == row["split"]
+
+
+def test_copies_of_a_sound_never_stand_in_two_splits(src, out):
+    """Thirty sounds, each also as a copy under another name and container with another answer."""
+    lines = ["file,answer"]
+    for n in range(30):
+        sound(src / f"{n}.wav", n, subtype="PCM_16")
+        samples, rate = soundfile.read(src / f"{n}.wav", dtype="int16")
+        soundfile.write(src / f"copy{n}.flac", samples, rate)
+        lines += [f"{n}.wav,{'ab'[n % 2]}", f"copy{n}.flac,c"]
+    csv(src, "\n".join(lines))
+    report = import_folder(src, out, RATE)
+    rows, where = rows_of(out), {}
+    assert len(rows) == 60 and report.card["recordings"] == 30
+    for row in rows:
+        assert where.setdefault(row["audio"], row["split"]) == row["split"]
+
+
+def test_captions_questions_and_given_splits(src, out):
+    for n in range(6):
+        sound(src / "deep" / "er" / f"{n}.wav", n)
+    csv(src, "File,Prompt,Answer,Split,Task\n" + "".join(
+        f'deep/er/{n}.wav,,"a sound, number {n}",{("train", "Validation", "TEST")[n % 3]},\n' for n in range(6))
+        + "deep\\er\\0.wav,how loud?,very loud,train,\n" + "deep/er/1.wav,which?,that one,val,Special\n")
+    import_folder(src, out, RATE)
+    rows = rows_of(out)
+    assert len(rows) == 8 and [sum(row["split"] == split for row in rows) for split in manifest.SPLITS] == [3, 3, 2]
+    assert {row["task"] for row in rows if row["answer"].startswith("a sound, number")} == {"AudioCaptioning"}
+    by_answer = {row["answer"]: row for row in rows}
+    assert by_answer["very loud"]["task"] == "AQA" and by_answer["very loud"]["prompt"] == "how loud?"
+    assert by_answer["that one"]["task"] == "Special"
+    assert by_answer["a sound, number 2"]["prompt"] == "describe the sound in a sentence."
+
+
+def test_a_class_with_one_recording_stays_in_training(src, out):
+    for n in range(11):
+        sound(src / f"{n}.wav", n)
+    csv(src, "file,answer\n" + "".join(f"{n}.wav,{'often' if n else 'once'}\n" for n in range(11)))
+    import_folder(src, out, RATE)
+    assert [row["split"] for row in rows_of(out) if row["answer"] == "once"] == ["train"]
+
+
+def test_labels_from_folders_and_from_names(src, out, tmp_path):
+    for n in range(4):
+        sound(src / "church_bell" / f"x{n}.wav", n)
+        sound(src / "dog" / f"Loud-dog_{n:03}(2).wav", 10 + n)
+    import_folder(src, out, RATE)
+    assert {row["answer"] for row in rows_of(out)} == {"church bell", "dog"}
+    import_folder(src, tmp_path / "names", RATE, labels_from_names=True)
+    assert {row["answer"] for row in rows_of(tmp_path / "names")} == {"x", "Loud dog"}
+
+
+def test_long_recordings_are_cut_and_reported(src, out):
+    sound(src / "long.wav", 0, seconds=2.0)
+    csv(src, "file,answer\nlong.wav,noise\n")
+    report = import_folder(src, out, RATE, max_seconds=1.5)
+    assert rows_of(out)[0]["seconds"] == 1.5
+    assert report.problems == {"what lies beyond 1.5 s of a recording": ["long.wav (0.5 s)"]}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+@pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("delimiter", [",", ";"])
+def test_every_kind_of_csv(src, out, encoding, newline, delimiter):
+    decomposed = unicodedata.normalize("NFD", "müde Glocke.wav")               # as macOS stores it
+    sound(src / decomposed, 0)
+    sound(src / "b.WAV", 1)
+    csv(src, newline.join(["file;answer", '"müde Glocke.wav";"eine ""müde"" Glocke"', "", " ./b.WAV ;  bell ", ";"]).replace(";", delimiter), encoding)
+    report = import_folder(src, out, RATE)
+    assert {row["answer"] for row in rows_of(out)} == {'eine "müde" Glocke', "bell"} and not report.problems
+
+
+# ---------------------------------------------------------------------- what cannot be used
+
+def test_every_bad_file_and_row_is_counted_and_named(src, out):
+    three_classes(src, each=4)
+    sound(src / "good.flac", 99)
+    content = (src / "good.flac").read_bytes()
+    (src / "cut.flac").write_bytes(content[:len(content) // 2])
+    (src / "zero.wav").touch()
+    (src / "text.wav").write_text("this is not audio")
+    soundfile.write(src / "silent.wav", np.zeros(8000), RATE)
+    soundfile.write(src / "short.wav", np.ones(100) * 0.5, RATE)
+    soundfile.write(src / "nan.wav", np.full(8000, np.nan), RATE, subtype="FLOAT")
+    sound(src / "nobody.wav", 98)
+    (src / "._good.flac").write_text("macOS leaves these")
+    table = (src / "labels.csv").read_text()
+    csv(src, table + "\ngood.flac,dog\ncut.flac,dog\nzero.wav,dog\ntext.wav,cat\nsilent.wav,cat\nshort.wav,bell\nnan.wav,bell\n"
+        "missing.wav,dog\n../outside.wav,dog\n/etc/passwd,dog\ngood.flac\ngood.flac,dog,more\ngood.flac,\ngood.flac,dog\n")
+    report = import_folder(src, out, RATE)
+    found = {reason: names for reason, names in report.problems.items()}
+    assert found.pop("truncated") == ["cut.flac"] and found.pop("empty") == ["zero.wav"] and found.pop("unreadable") == ["text.wav"]
+    assert found.pop("silent") == ["silent.wav"] and found.pop("too short") == ["short.wav"] and found.pop("NaN") == ["nan.wav"]
+    assert found.pop("no usable row in the CSV") == ["nobody.wav"]
+    assert found.pop("row naming a file that is not there") == ["labels.csv:21 (missing.wav)", "labels.csv:22 (../outside.wav)", "labels.csv:23 (/etc/passwd)"]
+    assert found.pop("row with too many or too few fields") == ["labels.csv:24", "labels.csv:25"]
+    assert found.pop("row without an answer") == ["labels.csv:26"]
+    assert found.pop("the same sound and answer again") == ["good.flac (as good.flac)"]
+    assert not found and len(rows_of(out)) == 13
+    assert manifest.read_card(out)["not_used"] == report.problems and "cut.flac" in str(report)
+
+
+def test_a_split_that_does_not_exist_and_one_that_contradicts(src, out):
+    sound(src / "a.wav", 0), sound(src / "b.wav", 1)
+    csv(src, "file,answer,split\na.wav,x,train\na.wav,y,test\nb.wav,z,later\n")
+    report = import_folder(src, out, RATE)
+    assert report.problems["row with a split that is not train, val or test"] == ["labels.csv:4 (later)"]
+    assert report.problems["a second split for the same sound (the first one counts)"] == ["a.wav"]
+    assert [row["split"] for row in rows_of(out)] == ["train", "train"]
+
+
+def refused(src, out, *expected, **settings):
+    with pytest.raises(UserError) as error:
+        import_folder(src, out, RATE, **settings)
+    assert all(words in str(error.value) for words in expected) and "\n" not in str(error.value), str(error.value)
+    assert not out.exists() and not [path for path in out.parent.iterdir() if path.name.startswith(".")]
+
+
+def test_nothing_is_left_behind_by_an_import_that_fails(src, out, monkeypatch):
+    refused(src / "no", out, "no such folder")
+    refused(src, out, "no wav, flac, ogg or mp3")
+    sound(src / "a.wav", 0)
+    refused(src, out, "file,answer", "--labels-from-names")
+    refused(src, out, "leave something for training", val=0.5, test=0.5)
+    (src / "labels.csv").touch()
+    refused(src, out, "labels.csv:1", "got nothing")
+    csv(src, "name,label\na.wav,dog\n")
+    refused(src, out, "labels.csv:1", "got name, label")
+    csv(src, "file,answer\na.wav,Glöckchen\n", "latin-1")
+    refused(src, out, "not UTF-8")
+    csv(src, "file,answer\nb.wav,dog\n")
+    refused(src, out, "no usable recording", "labels.csv:2 (b.wav)")
+    csv(src, "file,answer\na.wav,\"dog\n" + "x" * 200_000)
+    refused(src, out, "labels.csv", "not a CSV")
+    csv(src, "file,answer\n", name="second.csv")
+    refused(src, out, "2 CSV files")
+    (src / "second.csv").unlink()
+    csv(src, "file,answer\na.wav,dog\n")
+    monkeypatch.setattr(soundfile, "write", lambda *args, **kwargs: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError):
+        import_folder(src, out, RATE)
+    assert not out.exists() and not [path for path in out.parent.iterdir() if path.name.startswith(".")]
+
+
+def test_a_folder_that_is_no_data_set_is_never_overwritten(src, out):
+    three_classes(src, each=1)
+    out.mkdir()
+    (out / "thesis.txt").write_text("precious")
+    with pytest.raises(UserError, match="not a prepared data set"):
+        import_folder(src, out, RATE)
+    assert (out / "thesis.txt").read_text() == "precious"
+    (out / "thesis.txt").unlink()
+    import_folder(src, out, RATE)
+    import_folder(src, out, RATE)                          # an older data set is replaced
+    assert len(rows_of(out)) == 3
+
+
+def test_the_data_set_may_lie_inside_the_source(src):
+    sound(src / "dog" / "a.wav", 0), sound(src / "dog" / "b.wav", 1)
+    first = import_folder(src, src / "prepared", RATE).card
+    assert import_folder(src, src / "prepared", RATE).card == first
+
+
+def test_sixty_broken_tables_end_in_a_report_or_one_line(src, out):
+    """Random bytes put into a good CSV: rows are used, or named, or the table is refused by name; never anything else."""
+    rng = np.random.default_rng(0)
+    sound(src / "a.wav", 0), sound(src / "b.wav", 1)
+    good = "file,prompt,answer\na.wav,what is it?,a dog\nb.wav,\"what, then?\",a bell\n".encode()
+    alphabet = [b'"', b",", b"\n", b"\r", b";", b"\0", b"\xff", "ü\u2028".encode(), b"../", b" ", b"a.wav"]
+    outcomes = set()
+    for _ in range(60):
+        content = bytearray(good)
+        for _ in range(int(rng.integers(1, 5))):
+            at = int(rng.integers(0, len(content)))
+            content[at:at + int(rng.integers(0, 3))] = alphabet[int(rng.integers(len(alphabet)))]
+        (src / "labels.csv").write_bytes(content)
+        try:
+            report = import_folder(src, out, RATE)
+            used = {row["file"] for row in rows_of(out)}
+            named = {name for found in report.problems.values() for name in found}
+            assert used | {name for name in ("a.wav", "b.wav") if name in named} == {"a.wav", "b.wav"}
+            outcomes.add("imported with problems" if report.problems else "imported")
+        except UserError as error:
+            assert "my sounds" in str(error) and "\n" not in str(error)
+            outcomes.add("refused")
+        shutil.rmtree(out, ignore_errors=True)
+    assert len(outcomes) == 3
+
+
+# ---------------------------------------------------------------------- manifests
+
+def test_rows_survive_writing_and_reading(tmp_path):
+    rows = [ROW, ROW | {"start": 1.5, "seconds": 2, "extra": {"kept": [1]}, "answer": "zwei ≤ drei \u2028 \n"},
+            {"audio": "a.wav", "task": "Dialogue", "turns": [{"user": "hi", "assistant": "yes"}]},
+            {"audio": "a.wav", "task": "T", "prompt": "p", "answers": ["a", "b"], "shots": [3, 4]}]
+    assert manifest.write_rows(tmp_path / "x.jsonl", rows) == 4
+    assert manifest.read_rows(tmp_path / "x.jsonl") == [{"start": 0.0} | row for row in rows]
+    assert [path.name for path in tmp_path.iterdir()] == ["x.jsonl"]
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"audio": ""}, "audio: expected a path"), ({"audio": "/etc/x.wav"}, "audio"), ({"audio": "../x.wav"}, "audio"), ({"audio": 3}, "audio"),
+    ({"audio": None}, "audio"), ({"task": " "}, "task"), ({"prompt": ""}, "prompt: expected text, got ''"), ({"prompt": None}, "prompt"),
+    ({"answer": ""}, "answer"), ({"answer": 5}, "answer: expected text, got 5"), ({"answer": ["x"]}, "answer"), ({"answers": ["x"]}, "exactly one of"),
+    ({"start": -1}, "start: expected a number of seconds"), ({"start": "0"}, "start"), ({"start": True}, "start"), ({"start": float("nan")}, "start"),
+    ({"seconds": float("inf")}, "seconds"), ({"shots": "x"}, "shots")])
+def test_a_wrong_field_is_named_with_its_line(tmp_path, change, words):
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps(ROW) + "\n\n" + json.dumps(ROW | change) + "\n")
+    with pytest.raises(UserError) as error:
+        manifest.read_rows(path)
+    assert str(error.value).startswith(f"{path}:3: ") and words in str(error.value)
+    with pytest.raises(UserError):
+        manifest.write_rows(tmp_path / "y.jsonl", [ROW | change])
+    assert not (tmp_path / "y.jsonl").exists()
+
+
+@pytest.mark.parametrize("line", ["", "{", "[1]", "3", '"x"', "null", "[" * 100_000, '{"audio": "x"} trailing', "\x00", '{"turns": [], "audio": "x", "task": "T"}',
+                                  '{"turns": [{"user": "x"}], "audio": "x", "task": "T"}', '{"answers": [], "prompt": "p", "audio": "x", "task": "T"}'])
+def test_malformed_lines(tmp_path, line):
+    (tmp_path / "x.jsonl").write_text(json.dumps(ROW) + "\n" + line + "\n")
+    if not line:
+        assert len(manifest.read_rows(tmp_path / "x.jsonl")) == 1
+        return
+    with pytest.raises(UserError) as error:
+        manifest.read_rows(tmp_path / "x.jsonl")
+    assert "x.jsonl:2: " in str(error.value) and len(str(error.value)) < 400
+
+
+def test_what_is_no_manifest(tmp_path):
+    with pytest.raises(UserError, match="cannot be read"):
+        manifest.read_rows(tmp_path / "no.jsonl")
+    (tmp_path / "x.jsonl").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="not UTF-8"):
+        manifest.read_rows(tmp_path / "x.jsonl")
+    with pytest.raises(UserError, match="no prepared data set"):
+        manifest.read_card(tmp_path)
+    (tmp_path / "card.json").write_text("{")
+    with pytest.raises(UserError, match="not JSON"):
+        manifest.read_card(tmp_path)
+
+
+def test_the_card_counts_and_its_hash_sees_every_byte_and_name(tmp_path):
+    def make(name, rows, audio=b"abc", file="x.flac"):
+        with manifest.dataset_folder(tmp_path / name) as folder:
+            (folder / "audio").mkdir()
+            (folder / "audio" / file).write_bytes(audio)
+            manifest.write_rows(folder / "train.jsonl", rows)
+            return manifest.write_card(folder, source="here", name=name)
+
+    long = ROW | {"seconds": 1800}
+    card = make("a", [long, long | {"answer": "three"}, long | {"start": 1800.0, "task": "Other"}])
+    assert card["splits"]["train"] == {"rows": 3, "tasks": {"AQA": 2, "Other": 1}} and card["splits"]["val"]["rows"] == 0
+    assert card["hours"] == 1.0, "two questions about one span are one span of audio"
+    assert card["source"] == "here" and card == manifest.read_card(tmp_path / "a")
+    assert len({make(name, *what)["sha256"] for name, what in {
+        "b": ([ROW],), "c": ([ROW],), "d": ([ROW, ROW],), "e": ([ROW], b"abd"), "f": ([ROW], b"abc", "y.flac")}.items()}) == 4
+
+
+def test_a_data_set_that_breaks_half_way_leaves_the_old_one(tmp_path):
+    with manifest.dataset_folder(tmp_path / "a") as folder:
+        manifest.write_card(folder, source="old")
+    with pytest.raises(KeyboardInterrupt):
+        with manifest.dataset_folder(tmp_path / "a") as folder:
+            manifest.write_card(folder, source="new")
+            raise KeyboardInterrupt
+    assert manifest.read_card(tmp_path / "a")["source"] == "old" and [path.name for path in tmp_path.iterdir()] == ["a"]
