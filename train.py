@@ -219,8 +219,7 @@ class TextStage:
     def loss(self, places, total: int) -> torch.Tensor:
         batch = self.mixture.collate(places, self.tokenizer.pad_id, self.width).to(self.world.device)
         with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.world.device.type == "cuda"):
-            nll = self.model(batch.ids_BT, batch.labels_BT, batch.windows_AWD, batch.n_windows_BN,
-                             None if batch.mask_BT.all() else batch.mask_BT)
+            nll = self.model(batch.ids_BT, batch.labels_BT, batch.windows_AWD, batch.n_windows_BN)
         return nll.sum() / total
 
 

@@ -135,7 +135,7 @@ class AudioFlamingo(nn.Module):
                 mask_BT: torch.Tensor | None = None) -> torch.Tensor:
         """Negative log-likelihood of every supervised token, (number of labels that are not IGNORE, shifted by one).
 
-        The head runs on those positions alone. The caller takes the mean over the *global* batch: no sample weighs more for
+        The head runs on those positions alone. Padding on the right needs no mask: causal attention never looks there. The caller takes the mean over the *global* batch: no sample weighs more for
         having been on another process.
         """
         hidden_BTD = self.hidden(ids_BT, self.listen(windows_AWD, n_windows_BN), mask_BT)

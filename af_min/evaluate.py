@@ -1,0 +1,228 @@
+"""Scores of a run on the test split of the embedded data, each beside what can be had without listening.
+
+    python -m af_min.evaluate --run runs/tiny            the table of README, scores.json
+
+Three columns beside the score say what it is worth. `chance`: uniform over the possible answers. `blind`: the best answer that
+ignores the audio, always the one that the training rows give most often to this question, and for few-shot one of the words in
+the prompt. `swapped`: the same model and items, but each item gets the audio of another one; a score that needs listening falls
+to the blind level. Answers are decoded greedily in batches.
+"""
+from __future__ import annotations
+
+import random
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from . import checkpoint, cli, data, manifest, metrics
+from .cli import UserError, flag
+from .flamingo import AudioFlamingo
+from .store import Store
+from .text import Tokenizer, write_sample
+
+MAX_NEW = 24          # tokens of an answer, at most
+BATCH_TOKENS = 16_000  # padded prompt tokens of one batch of generation
+
+
+@dataclass(frozen=True)
+class Args:
+    run: str = flag("runs/tiny", "run folder")
+    dataset: str = flag("data/scenes", "prepared data set, whose test split is scored")
+    items: int = flag(0, "score only so many items of each task (0: all)")
+
+
+class Answerer:
+    """A model with its tokenizer and the store of a data set's embeddings: rows in, answers out."""
+
+    def __init__(self, model: AudioFlamingo, tokenizer: Tokenizer, store: Store):
+        self.model, self.tokenizer, self.store = model, tokenizer, store
+        specials = range(tokenizer.pad_id, tokenizer.vocab_size)
+        self.banned = tuple(i for i in specials if i != tokenizer.eoc_id)
+
+    @torch.no_grad()
+    def batch(self, rows: list[dict]) -> list[str]:
+        """Greedy answers to rows that end with their question (write_sample with complete=False), as one left-padded batch."""
+        t = self.tokenizer
+        samples = [(write_sample(t, row, complete=False), self.store) for row in rows]
+        b = data.collate(samples, t.pad_id, self.model.config.clap.out_width, left=True).to(self.model.lm.embed.weight.device)
+        state = self.model.start(self.model.listen(b.windows_AWD, b.n_windows_BN), b.ids_BT.shape[1] + MAX_NEW)
+        logits = self.model.read(b.ids_BT, state, b.mask_BT)
+        tokens = torch.stack(list(self.model.generate(logits, state, t.eoc_id, t.pad_id, MAX_NEW, banned=self.banned)), 1)
+        return [t.decode(ids) for ids in tokens.tolist()]
+
+    def answer(self, rows: list[dict], progress=lambda batches: batches) -> list[str]:
+        """Answers in the order of `rows`; batches are made of rows of similar length."""
+        lengths = [len(write_sample(self.tokenizer, row, complete=False).ids) for row in rows]
+        order = sorted(range(len(rows)), key=lengths.__getitem__)
+        batches, batch = [], []
+        for i in order:
+            if batch and (len(batch) + 1) * lengths[i] > BATCH_TOKENS:
+                batches.append(batch)
+                batch = []
+            batch.append(i)
+        answers = [""] * len(rows)
+        for batch in progress([*batches, batch] if batch else batches):
+            for i, answer in zip(batch, self.batch([rows[i] for i in batch])):
+                answers[i] = answer
+        return answers
+
+
+# ---------------------------------------------------------------------- items
+
+def dialogue_items(rows: list[dict], answerer: Answerer) -> Iterator[tuple[dict, str]]:
+    """Second and later turns, the model's own earlier answers before them: (row up to the question, right answer)."""
+    said: list[list[str]] = [[] for _ in rows]
+    for turn in range(max(len(r["turns"]) for r in rows)):
+        live = [i for i, r in enumerate(rows) if len(r["turns"]) > turn]
+        asked = [{**rows[i], "turns": [
+            {"user": t["user"], "assistant": s} for t, s in zip(rows[i]["turns"], [*said[i], ""])]} for i in live]
+        for i, row, answer in zip(live, asked, answerer.answer(asked)):
+            said[i].append(answer or "?")
+            if turn:
+                yield {**row, "answer": answer}, rows[i]["turns"][turn]["assistant"]
+
+
+def with_pool_shots(rows: list[dict], store: Store, how: str, shots: int = 4, seed: int = 0) -> list[dict]:
+    """Rows with a pool -> rows with the `shots` pool recordings nearest to the query, nearest last, or as many at random."""
+    def vector(place):
+        return torch.nn.functional.normalize(torch.from_numpy(store[place].astype("float32")).mean(0), dim=0)
+
+    out, rng = [], random.Random(seed)
+    for row in rows:
+        pool = row["pool"]
+        if how == "random":
+            chosen = rng.sample(pool, shots)
+        else:
+            near = torch.stack([vector((p["audio"], p["start"])) for p in pool]) @ vector((row["audio"], row["start"]))
+            chosen = [pool[i] for i in near.argsort()[-shots:].tolist()]
+        out.append({**{k: v for k, v in row.items() if k != "pool"}, "shots": chosen})
+    return out
+
+
+def swapped(rows: list[dict]) -> list[dict]:
+    """Each row with the audio of another one; shots keep theirs."""
+    sounds = [(r["audio"], r["start"]) for r in rows]
+    moved = sounds[len(sounds) // 2:] + sounds[:len(sounds) // 2]
+    return [{**row, "audio": audio, "start": start} for row, (audio, start) in zip(rows, moved)]
+
+
+# ---------------------------------------------------------------------- scores
+
+def blind_answers(rows: list[dict], train: list[dict]) -> list[str]:
+    """For each row the answer that the training rows give most often to its prompt, or else to its task."""
+    by_prompt, by_task = defaultdict(Counter), defaultdict(Counter)
+    for row in train:
+        if "answer" in row:
+            by_prompt[row["task"], row["prompt"]][row["answer"]] += 1
+            by_task[row["task"]][row["answer"]] += 1
+    return [(by_prompt.get((r["task"], r["prompt"])) or by_task[r["task"]]).most_common(1)[0][0] if by_task[r["task"]] else ""
+            for r in rows]
+
+
+def blind_dialogue(rows: list[dict], train: list[dict]) -> float:
+    counts = defaultdict(Counter)
+    for row in train:
+        for turn in row.get("turns", []):
+            counts[turn["user"]][turn["assistant"]] += 1
+    turns = [t for r in rows for t in r["turns"][1:]]
+    return sum(counts[t["user"]].most_common(1)[0][0] == t["assistant"] for t in turns) / len(turns)
+
+
+def accuracy(answers: list[str], truths: list[str]) -> float:
+    return sum(metrics.exact(a, [t]) for a, t in zip(answers, truths)) / max(1, len(truths))
+
+
+@dataclass
+class Score:
+    name: str
+    items: int
+    score: float
+    chance: float | None
+    blind: float
+    swapped: float | None
+
+
+QUESTION_SCORES = {  # task: (name in the table, chance)
+    "Presence": ("yes / no", 1 / 2), "Count": ("count all", 1 / 5), "CountOf": ("count of X", 1 / 4),
+    "After": ("what comes after X", 1 / 20), "Before": ("what comes before X", 1 / 20),
+    "Pitch": ("pitch of X", 1 / 2), "Length": ("length of X", 1 / 2)}
+
+
+def scores(answerer: Answerer, test: list[dict], train: list[dict], items: int = 0) -> Iterator[Score]:
+    """All scores of the embedded data set, one after the other."""
+    tasks = defaultdict(list)
+    for row in test:
+        if not items or len(tasks[row["task"]]) < items:
+            tasks[row["task"]].append(row)
+
+    def run(rows):
+        return answerer.answer(rows)
+
+    rows = tasks["AudioCaptioning"]
+    truths, blind = [r["answer"] for r in rows], blind_answers(rows, train)
+    said, moved = run(rows), run(swapped(rows))
+    yield Score("caption: event F1", len(rows), metrics.event_f1(said, truths), None, metrics.event_f1(blind, truths),
+                metrics.event_f1(moved, truths))
+    yield Score("caption: all events in order", len(rows), accuracy(said, truths), None, accuracy(blind, truths), accuracy(moved, truths))
+    for task, (name, chance) in QUESTION_SCORES.items():
+        rows = tasks[task]
+        truths = [r["answer"] for r in rows]
+        yield Score(name, len(rows), accuracy(run(rows), truths), chance, accuracy(blind_answers(rows, train), truths),
+                    accuracy(run(swapped(rows)), truths))
+    rows = tasks["Dialogue"]
+    right = [metrics.exact(row["answer"], [truth]) for row, truth in dialogue_items(rows, answerer)]
+    wrong = [metrics.exact(row["answer"], [truth]) for row, truth in dialogue_items(swapped(rows), answerer)]
+    yield Score("dialogue, turns 2 to 4", len(right), sum(right) / len(right), None, blind_dialogue(rows, train), sum(wrong) / len(wrong))
+    for task, name in (("FewShotSeen", "4-way, 4 shots, classes seen"), ("FewShotUnseen", "4-way, 4 shots, classes never seen")):
+        rows = tasks[task]
+        truths = [r["answer"] for r in rows]
+        yield Score(name, len(rows), accuracy(run(rows), truths), 1 / 4, 1 / 4, accuracy(run(swapped(rows)), truths))
+        bare = [{k: v for k, v in r.items() if k != "shots"} for r in rows]
+        yield Score(name.replace("4 shots", "0 shots"), len(rows), accuracy(run(bare), truths), 1 / 4, 0.0, None)
+    rows = tasks["Pool"]
+    truths = [r["answer"] for r in rows]
+    for how in ("nearest", "random"):
+        shot = with_pool_shots(rows, answerer.store, how)
+        yield Score(f"pool of 12, 4 {how} shots", len(rows), accuracy(run(shot), truths), 1 / 12, 1 / 12,
+                    accuracy(run(swapped(shot)), truths))
+
+
+def table(results: list[Score]) -> str:
+    def cell(value):
+        return "   -  " if value is None else f"{value:6.3f}"
+    lines = [f"{'task':36s} {'items':>6s} {'score':>7s} {'chance':>7s} {'blind':>7s} {'swapped':>8s}"]
+    lines += [f"{s.name:36s} {s.items:6d}  {cell(s.score)}  {cell(s.chance)}  {cell(s.blind)}   {cell(s.swapped)}" for s in results]
+    return "\n".join(lines)
+
+
+def report(run: Path, folders, items: int = 0) -> list[Score]:
+    """Score a run on the first data set's test split; print the table and write scores.json."""
+    folder, started = Path(folders[0][0]), time.time()
+    model, tokenizer = checkpoint.load_run(run)
+    test, train = (manifest.read_rows(folder / f"{split}.jsonl") for split in ("test", "train"))
+    if not any(row["task"] == "FewShotSeen" for row in test):
+        raise UserError(f"{folder}: this table is of the embedded data set; prepare it with prepare_data.py --dataset scenes")
+    store = Store(folder, model.encoder, model.config.audio, model.config.clap.out_width)
+    store.add(data.recordings(test), lambda todo: tqdm(todo, "encoding test split", unit="rec", disable=not todo))
+    results = []
+    for score in tqdm(scores(Answerer(model, tokenizer, store), test, train, items), "scoring", unit="task", total=16):
+        results.append(score)
+    print(table(results))
+    print(f"greedy decoding, {sum(s.items for s in results)} items, {time.time() - started:.0f} s")
+    checkpoint.write_json(Path(run) / "scores.json", [vars(s) for s in results])
+    return results
+
+
+def main() -> None:
+    args = cli.parse(Args, description=__doc__)
+    torch.set_num_threads(max(1, torch.get_num_threads()))
+    report(Path(args.run), data.parse_data([args.dataset]), args.items)
+
+
+if __name__ == "__main__":
+    cli.run(main)
