@@ -196,7 +196,7 @@ class TextStage:
 
     def __init__(self, stage: str, everything: Everything, folders, tokenizer, c: StageConfig, args: Args, world: World):
         self.model, self.tokenizer, self.world, self.accumulate = everything.model, tokenizer, world, args.accumulate
-        self.width = self.model.config.clap.out_width
+        self.stage, self.width = stage, self.model.config.clap.out_width
         datasets = []
         for folder, weight in folders:
             rows = data.rows_of(folder, "train", stage)
@@ -219,7 +219,8 @@ class TextStage:
     def loss(self, places, total: int) -> torch.Tensor:
         batch = self.mixture.collate(places, self.tokenizer.pad_id, self.width).to(self.world.device)
         with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.world.device.type == "cuda"):
-            nll = self.model(batch.ids_BT, batch.labels_BT, batch.windows_AWD, batch.n_windows_BN)
+            heard = None if self.stage == "lm" else self.model.listen(batch.windows_AWD, batch.n_windows_BN)
+            nll = self.model(batch.ids_BT, batch.labels_BT, heard)
         return nll.sum() / total
 
 

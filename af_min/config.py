@@ -76,7 +76,7 @@ class XattnConfig:
     head_dim: int = 64
     ff_mult: int = 4
     every: int = 1                   # a block before every n-th LM layer
-    gate_init: float = 0.0           # both gates start at tanh(gate_init); 0 leaves the LM unchanged
+    gate_init: float = 0.0           # the attention gate starts at tanh(gate_init), the feed-forward's at 0; 0 leaves the LM unchanged
     audio_index: bool = False        # not in the paper: see xattn.py
 
 

@@ -60,7 +60,7 @@ class GatedCrossAttention(nn.Module):
         self.ff_norm = nn.LayerNorm(width)
         self.up = nn.Linear(width, config.ff_mult * width, bias=False)
         self.down = nn.Linear(config.ff_mult * width, width, bias=False)
-        self.ff_gate = nn.Parameter(torch.full((1,), config.gate_init))
+        self.ff_gate = nn.Parameter(torch.zeros(1))
         self.index_q = self.index_k = None
         if config.audio_index:
             own = torch.zeros(max_audios, config.heads, config.head_dim)
