@@ -131,14 +131,15 @@ class AudioFlamingo(nn.Module):
 
         return self.lm(ids_BT, mask_BT, cache=state.cache if state else None, before_layer=look)
 
-    def forward(self, ids_BT: torch.Tensor, labels_BT: torch.Tensor, audio: Audio | None) -> torch.Tensor:
+    def forward(self, ids_BT: torch.Tensor, labels_BT: torch.Tensor, audio: Audio | None,
+                mask_BT: torch.Tensor | None = None) -> torch.Tensor:
         """Negative log-likelihood of every supervised token, (number of labels that are not IGNORE, shifted by one).
 
         audio: what `listen` returned, or None: the language model alone, without its cross-attention blocks.
-        The head runs on supervised positions alone. Padding on the right needs no mask: causal attention never looks there. The
+        The head runs on supervised positions alone. Padding on the right needs no mask_BT: causal attention never looks there. The
         caller takes the mean over the *global* batch: no sample weighs more for having been on another process.
         """
-        hidden_BTD = self.lm(ids_BT) if audio is None else self.hidden(ids_BT, audio)
+        hidden_BTD = self.lm(ids_BT, mask_BT) if audio is None else self.hidden(ids_BT, audio, mask_BT)
         target_BT = labels_BT[:, 1:]
         keep = target_BT != IGNORE
         logits = self.lm.logits(hidden_BTD[:, :-1][keep])
