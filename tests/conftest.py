@@ -1,0 +1,57 @@
+"""Shared by the tests: one thread, a small prepared data set, a tokenizer, a model of a few thousand weights."""
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")        # before torch is imported: small tensors, and the same sums on every machine
+os.environ.setdefault("MKL_NUM_THREADS", "1")
+
+import dataclasses
+
+import pytest
+import torch
+
+import micro
+from af_min import manifest, scenes
+from af_min.text import Tokenizer
+
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+SIZES = scenes.Sizes(train=60, val=5, test=80, textures=10, clips=8, kinds=8, kind_clips=8, episodes=100, test_items=30)
+LINES = ["The task is audio captioning. ", "The task is sound classification. ", "The task is audio question answering. ",
+         "The task is dialog. ", "Here are similar examples. ", "\nAnswer:", "user: ", " \nassistant: ", "describe the sounds.",
+         "what comes after the bell?", "bell then dog then horn", "is it high or low?", "classify this sound.", "no"] * 3
+
+
+@pytest.fixture(scope="session")
+def scenes_data(tmp_path_factory):
+    """The embedded data set, small, as prepare_data.py writes it. Read it; nothing but `embeddings/` may be added."""
+    import prepare_data
+    folder = tmp_path_factory.mktemp("data") / "scenes"
+    prepare_data.prepare_scenes(folder, 0, SIZES)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def scenes_rows(scenes_data):
+    """{split: rows} of it."""
+    return {split: manifest.read_rows(scenes_data / f"{split}.jsonl") for split in manifest.SPLITS}
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return Tokenizer.train(LINES, 400)
+
+
+@pytest.fixture(scope="session")
+def micro_config(tokenizer):
+    """The micro preset with this tokenizer's ids, without dropout."""
+    lm = dataclasses.replace(micro.MICRO.lm, vocab_size=tokenizer.vocab_size, dropout=0.0)
+    return dataclasses.replace(micro.MICRO, lm=lm, audio_id=tokenizer.audio_id)
+
+
+def shake(module: torch.nn.Module, seed: int = 0, scale: float = 0.15) -> torch.nn.Module:
+    """Random weights large enough that every branch, norm and gate matters."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
+    return module.eval()

@@ -1,0 +1,53 @@
+"""A preset that trains in seconds, for tests alone; as a script it is train.py with `--preset micro` added and made the default.
+
+    python tests/micro.py [--die-at STAGE:STEP] FLAGS OF TRAIN.PY       kills itself with SIGKILL before that step
+"""
+import os
+import signal
+import sys
+from pathlib import Path
+
+from af_min import config
+from af_min.config import AudioConfig, ClapConfig, Config, LMConfig, RepresentationConfig, StageConfig, XattnConfig
+
+MICRO = Config(
+    audio=AudioConfig(sample_rate=16_000, window=0.8, hop=0.4, max_windows=12, n_fft=512, stft_hop=256, n_mels=16, fmin=50.0,
+                      fmax=8_000.0, mel_sample_rate=16_000),
+    clap=ClapConfig(image_size=32, patch=4, width=8, depths=(1, 1), heads=(2, 2), attention_window=4, out_width=16, text_width=16,
+                    text_layers=1, text_heads=2),
+    representation=RepresentationConfig(layers=2, heads=2, inner=24, max_audios=9),
+    xattn=XattnConfig(heads=2, head_dim=8, ff_mult=2, gate_init=0.5),
+    lm=LMConfig(vocab_size=400, width=32, layers=2, heads=2, kv_heads=2, head_dim=16, inner=48, max_positions=512, dropout=0.1))
+
+STEPS = 5
+STAGES = {stage: StageConfig(steps=STEPS, lr=3e-3, warmup=2, batch=8, batch_tokens=2048, decay=stage != "sft")
+          for stage in ("clap", "lm", "pretrain", "sft")}
+
+
+def train_module():
+    """train.py, knowing the preset `micro`."""
+    config.PRESETS["micro"], config.STAGES["micro"] = MICRO, STAGES
+    import train
+    return train
+
+
+def die_before(train, stage: str, step: int) -> None:
+    """kill -9 in the middle of a training: when step number `step` of `stage` wants to know its learning rate."""
+    rate = train.rate
+
+    def deadly_rate(now, settings):
+        if settings == train.STAGES["micro"][stage] and now == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return rate(now, settings)
+    train.rate = deadly_rate
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    train = train_module()
+    if sys.argv[1] == "--die-at":
+        stage, step = sys.argv[2].split(":")
+        die_before(train, stage, int(step))
+        del sys.argv[1:3]
+    sys.argv[1:1] = ["--preset", "micro", "--no-evaluate"]
+    train.cli.run(train.main)
