@@ -20,19 +20,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import cli
 from . import config as settings
 from .audio import Float32
-from .checkpoint import write_json, write_tensors
+from .checkpoint import load_config, write_json, write_tensors
 from .clap import WindowEncoder
 from .cli import UserError
 from .config import PRESETS, Config
 from .flamingo import AudioFlamingo
 from .pretrained_clap import load_clap
-from .pretrained_files import Entry, open_file, parameters_on_meta, read_table, seems
-from .pretrained_lm import OPT_TABLE, expand, lm_config, lm_state, read_config
+from .pretrained_files import Entry, check_table, open_file, parameters_on_meta, read_table, seems
+from .pretrained_lm import OPT_TABLE, expand, lm_config, lm_state, read_config, shapes_of
 from .pretrained_text import PublishedTokenizer, published_tokenizer
 from .representation import Representation, sinusoid_table
 from .xattn import GatedCrossAttention
@@ -95,8 +95,8 @@ def released_state(path: Path, config: Config, dtype: torch.dtype = torch.float3
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()
               if name.startswith(("representation.", "xattn.", "lm."))}
     table = expand(TABLE, shapes, max(config.lm.layers, config.representation.layers))
-    state = read_table(entries, table, shapes, str(path), f"Audio Flamingo of {config.lm.layers} layers", dtype,
-                       ignore=lambda name: name == POSITIONS or bool(DUPLICATE.match(name)))
+    check_table(entries, table, shapes, str(path), f"Audio Flamingo of {config.lm.layers} layers",
+                ignore=lambda name: name == POSITIONS or bool(DUPLICATE.match(name)))
     rows = config.representation.max_audios * config.audio.max_windows
     theirs = entries[POSITIONS].read(torch.float32)[0]
     if len(theirs) < rows or theirs.shape[1] != config.clap.out_width:
@@ -104,7 +104,7 @@ def released_state(path: Path, config: Config, dtype: torch.dtype = torch.float3
                         f"for {config.representation.max_audios} audios of {config.audio.max_windows} windows")
     if (theirs[:rows] - sinusoid_table(rows, config.clap.out_width)).abs().max() > 1e-5:
         raise UserError(f"{path}: {POSITIONS} is not the sinusoid table; expected pos / 10000^(2i/D), sine and cosine in turn")
-    return state
+    return read_table(entries, table, dtype)
 
 
 def grow(state: dict[str, Tensor], rows: int) -> None:
@@ -121,10 +121,16 @@ def encoder_state(config: Config, clap: Path, dtype: torch.dtype) -> tuple[dict[
     report = load_clap(clap, encoder)
     with torch.no_grad():
         silence = encoder(torch.zeros(1, config.audio.window_samples))[0]
-    exact = {name + "." for name, module in encoder.named_modules() if isinstance(module, Float32)}
-    state = {"encoder." + name: value if name.startswith(tuple(exact)) or not value.is_floating_point() else value.to(dtype)
+    exact = exact_names(encoder)
+    state = {"encoder." + name: value if name in exact or not value.is_floating_point() else value.to(dtype)
              for name, value in encoder.state_dict().items()}
     return state, silence, report
+
+
+def exact_names(module: nn.Module) -> set[str]:
+    """Tensors that stay float32 whatever the model's dtype is (the encoder's front end)."""
+    parts = tuple(name + "." for name, part in module.named_modules() if isinstance(part, Float32))
+    return {name for name in module.state_dict() if name.startswith(parts)}
 
 
 def released_model(audio_flamingo: Path, clap: Path, lm: Path, dtype: torch.dtype, slots: int = 8,
@@ -176,7 +182,7 @@ def build(config: Config, state: dict[str, Tensor]) -> AudioFlamingo:
     """The model whose weights *are* the tensors of `state`: nothing is copied, and each keeps its dtype."""
     with parameters_on_meta():
         model = AudioFlamingo(config)
-    model.load_state_dict(state, strict=True, assign=True)
+    model.load_state_dict(state, assign=True)
     return model.eval()
 
 
@@ -188,8 +194,20 @@ def write_run(out: Path, config: Config, tokenizer: PublishedTokenizer, state: d
     write_tensors(out / "model.safetensors", state)
 
 
-def main() -> None:
-    args, began = cli.parse(Arguments, description=__doc__), time.time()
+def open_run(run: Path, dtype: torch.dtype | None = None) -> tuple[AudioFlamingo, PublishedTokenizer]:
+    """A written run folder; dtype None keeps the stored one. One tensor is read at a time, into its place."""
+    path, config = Path(run) / "model.safetensors", load_config(run)
+    entries = open_file(path)
+    with parameters_on_meta():
+        model = AudioFlamingo(config)
+    shapes, exact = shapes_of(model), exact_names(model)
+    check_table(entries, {name: name for name in shapes}, shapes, str(path), f"the model of {Path(run) / 'config.json'}")
+    model.load_state_dict({name: entries[name].read(None if name in exact else dtype) for name in shapes}, assign=True)
+    return model.eval(), PublishedTokenizer.load(run)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args, began = cli.parse(Arguments, argv, description=__doc__), time.time()
     if not args.lm:
         raise UserError("--lm is missing: the folder of the language model (config.json and its vocabulary)")
     if args.audio_flamingo and not args.clap:

@@ -140,14 +140,14 @@ def seems(names: Iterable[str]) -> str:
     return f"it holds {len(names)} tensors, such as {', '.join(sorted(names)[:3]) or 'none'}"
 
 
-def read_table(entries: dict[str, Entry], table: dict[str, str], shapes: dict[str, tuple[int, ...]], where: str, wanted: str,
-               dtype: torch.dtype | None, ignore: Callable[[str], bool] = lambda name: False) -> dict[str, Tensor]:
-    """Our state dict, {ours: tensor}, out of a file's `entries`: strict both ways.
+def check_table(entries: dict[str, Entry], table: dict[str, str], shapes: dict[str, tuple[int, ...]], where: str, wanted: str,
+                ignore: Callable[[str], bool] = lambda name: False) -> None:
+    """UserError unless a file's `entries` are just what `table` names, in the shapes of the model that takes them.
 
     table   {our name: name in the file}, complete
-    shapes  {our name: shape}, as the model that will take the tensors has them
+    shapes  {our name: shape}
     ignore  whether a name of the file is known and not wanted (a buffer, a duplicate)
-    UserError names the first tensor that is missing, unexpected or misshapen, and says what the file seems to be.
+    The error names the first tensor that is missing, unexpected or misshapen, and says what the file seems to be.
     """
     assert set(table) == set(shapes), f"key table and model differ: {sorted(set(table) ^ set(shapes))[:3]}"
     missing = [theirs for theirs in table.values() if theirs not in entries]
@@ -160,6 +160,10 @@ def read_table(entries: dict[str, Entry], table: dict[str, str], shapes: dict[st
         if entries[theirs].shape != tuple(shapes[ours]):
             raise UserError(f"{where}: tensor {theirs!r} has shape {entries[theirs].shape}, expected {tuple(shapes[ours])} "
                             f"of {wanted}")
+
+
+def read_table(entries: dict[str, Entry], table: dict[str, str], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Our state dict, {ours: tensor}; floating-point numbers as `dtype`, or as the file has them."""
     return {ours: entries[theirs].read(dtype) for ours, theirs in table.items()}
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from .cli import UserError
 from .config import LMConfig
 from .lm import LM
-from .pretrained_files import Entry, open_file, read_table
+from .pretrained_files import Entry, check_table, open_file, read_table
 
 # Our name -> the name in the file. {i} stands for the layer, {p} for weight and bias.
 OPT_TABLE = {
@@ -89,8 +89,9 @@ def lm_state(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[LMConfig
     with torch.device("meta"):
         shapes = shapes_of(LM(config))
     table = expand(TABLES[values["model_type"]], shapes, config.layers)
-    return config, read_table(entries, table, shapes, str(folder), f"a {values['model_type']} model of {config.layers} layers",
-                              dtype, ignore=lambda name: name.endswith(BUFFERS))
+    check_table(entries, table, shapes, str(folder), f"a {values['model_type']} model of {config.layers} layers",
+                ignore=lambda name: name.endswith(BUFFERS))
+    return config, read_table(entries, table, dtype)
 
 
 def read_config(folder: Path) -> dict:

@@ -5,16 +5,21 @@ The golden folder holds a tiny random model in that format, and inputs and outpu
 """
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import released_format
 from af_min import pretrained
 from af_min.cli import UserError
 from af_min.config import Config, LMConfig, RepresentationConfig, TINY
+from af_min.lm import LM
 from af_min.pretrained import build, released_state
+from af_min.pretrained_lm import expand
 from af_min.text import IGNORE, Writer
 
 GOLDEN = Path(__file__).parent / "golden" / "af1_tiny"
@@ -86,9 +91,7 @@ def test_logits_are_the_released_codes(model, expected, monkeypatch):
 
 @torch.no_grad()
 def test_loss_is_the_released_codes(model, expected, monkeypatch):
-    windows_AWD, n_windows_BN = packed(expected)
-    listen(model, expected, monkeypatch)
-    nll = model(expected["input_ids"], expected["labels"], windows_AWD, n_windows_BN, expected["attention_mask"].bool())
+    nll = model(expected["input_ids"], expected["labels"], listen(model, expected, monkeypatch))
     assert abs(nll.mean() - expected["loss"][0]) < 1e-5
 
 
@@ -140,3 +143,110 @@ def test_unused_slots_hold_silence_and_only_real_windows_are_needed(model, expec
     got = model.represent(windows_AWD, n_windows_BN)
     real = torch.arange(SIZES["windows"]) < n_windows_BN[n_windows_BN > 0][:, None]
     assert (got - whole)[real].abs().max() < 1e-6
+
+
+# ------------------------------------------------------------------ strictness
+
+def released():
+    return torch.load(GOLDEN / "official_checkpoint.pt", weights_only=True)["model_state_dict"]
+
+
+def test_the_prefix_of_data_parallel_training_is_taken_off(model, tmp_path):
+    torch.save({"model_state_dict": {"module." + k: v for k, v in released().items()}}, tmp_path / "x.pt")
+    again = golden_model(tmp_path / "x.pt")
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items() if not k.startswith(("encoder", "silence")))
+
+
+def test_the_head_is_the_files_own_and_duplicates_are_not_needed(model, tmp_path):
+    state = released()
+    assert torch.equal(model.lm.head.weight, state["lang_encoder.lm_head.weight"])
+    kept = {k: v for k, v in state.items() if "old_decoder_blocks" not in k and "lang_encoder.gated_cross_attn_layers" not in k}
+    torch.save(kept, tmp_path / "x.pt")
+    assert len(kept) < len(state) and golden_model(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_target_dtypes(expected, dtype, monkeypatch):
+    """Weights in half precision, read so and never widened; logits stay near."""
+    model = golden_model(dtype=dtype)
+    assert {p.dtype for name, p in model.named_parameters() if not name.startswith("encoder.")} == {dtype}
+
+
+def test_missing_unexpected_and_misshapen_tensors_are_named(tmp_path):
+    key = "lang_encoder.model.decoder.layers.1.gated_cross_attn_layer.attn.to_kv.weight"
+    state = released()
+    cases = (({k: v for k, v in state.items() if k != key}, f"'{key}' is missing; expected Audio Flamingo of 2 layers"),
+             ({**state, "audio_transformer.layer_stack.2.pos_ffn.w_1.bias": torch.ones(24)}, "w_1.bias' is unexpected"),
+             ({**state, key: state[key][:-1]}, rf"{key}' has shape \(1023, 16\), expected \(1024, 16\)"),
+             ({**state, pretrained.POSITIONS: torch.zeros(1, 20, 16)}, "is not the sinusoid table"),
+             ({**state, pretrained.POSITIONS: torch.zeros(1, 15, 16)}, r"has shape \(15, 16\); expected \(16 or more, 16\)"),
+             ({"clap.base.htsat.bn0.weight": torch.ones(2)}, "expected a released Audio Flamingo .* seems to be a CLAP checkpoint"))
+    for changed, message in cases:
+        torch.save({"model_state_dict": changed}, tmp_path / "x.pt")
+        with pytest.raises(UserError, match=message):
+            golden_model(tmp_path / "x.pt")
+
+
+# ------------------------------------------------------------------ the command
+
+SMALL = dataclasses.replace(
+    TINY, clap=dataclasses.replace(TINY.clap, image_size=32, width=8, depths=(2, 1), heads=(2, 2), out_width=16),
+    audio=dataclasses.replace(TINY.audio, window=0.1, hop=0.05, n_mels=16, max_windows=4),
+    representation=RepresentationConfig(layers=2, heads=2, inner=24, max_audios=3),
+    xattn=dataclasses.replace(TINY.xattn, audio_index=False),
+    lm=LMConfig(vocab_size=300, width=32, layers=2, heads=4, kv_heads=4, head_dim=8, inner=64, max_positions=64))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A checkpoint, a CLAP checkpoint and an OPT folder in the published formats, all small."""
+    return released_format.write_all(tmp_path_factory.mktemp("published"), SMALL)
+
+
+def test_a_released_checkpoint_becomes_a_run_folder(files, tmp_path):
+    config, tokenizer, state = pretrained.released_model(*files, torch.float32, slots=2, base=SMALL)
+    assert config.representation.attend_padding and config.representation.max_audios == 2 and not config.lm.tied_head
+    assert (tokenizer.audio_id, tokenizer.eoc_id, tokenizer.sep_id) == (297, 298, 299) and config.audio_id == 297
+    pretrained.write_run(tmp_path, config, tokenizer, state, {})
+    again, read_back = pretrained.open_run(tmp_path)
+    assert again.config == config and read_back.encode("a dog") == tokenizer.encode("a dog")
+    silent = again.encode(torch.zeros(1, SMALL.audio.window_samples))[0]
+    assert (again.silence - silent).abs().max() < 1e-6 and silent.std() > 0.1
+    assert all(torch.equal(t, state[name]) for name, t in again.state_dict().items())
+    half, _ = pretrained.open_run(tmp_path, torch.bfloat16)
+    assert {half.lm.embed.weight.dtype, half.encoder.log_mel.filters.dtype} == {torch.bfloat16, torch.float32}
+
+
+def test_a_new_model_starts_from_published_parts(files, tmp_path):
+    """Zero gates: its logits are the language model's own, whatever it hears; new tokens have rows of their own."""
+    lm = LM(dataclasses.replace(SMALL.lm, vocab_size=297)).eval()
+    table = expand(pretrained.OPT_TABLE, {n: tuple(t.shape) for n, t in lm.state_dict().items()}, 2)
+    folder = tmp_path / "opt"
+    released_format.write_opt_folder(folder, SMALL)
+    save_file({theirs: lm.state_dict()[ours] for ours, theirs in table.items()}, folder / "model.safetensors")
+    zero = dataclasses.replace(SMALL, xattn=dataclasses.replace(SMALL.xattn, gate_init=0.0))
+    config, tokenizer, state = pretrained.new_model(files[1], folder, base=zero)
+    assert config.lm.vocab_size == tokenizer.vocab_size == 300 and config.lm.tied_head
+    model = build(config, state)
+    ids = torch.tensor([[2, 297, 40, 41, 42]])
+    with torch.no_grad():
+        heard = model.listen(model.encode(torch.rand(2, SMALL.audio.window_samples))[None], torch.tensor([[2]]))
+        ours = model.lm.logits(model.hidden(ids[:, 2:], heard))
+        assert torch.equal(ours[..., :297], lm.logits(lm(ids[:, 2:])))
+
+
+def test_the_command_and_its_mistakes(files, tmp_path):
+    foundation, clap, lm = files
+    for arguments, message in (
+            ((), "--lm is missing"),
+            (("--audio-flamingo", foundation, "--lm", lm), "--clap is missing"),
+            (("--audio-flamingo", foundation, "--clap", clap, "--lm", lm, "--slots", "0"), "--slots 0"),
+            (("--audio-flamingo", tmp_path / "no.pt", "--clap", clap, "--lm", lm), "no.pt: no such file"),
+            (("--audio-flamingo", clap, "--clap", clap, "--lm", lm), "clap.pth: expected a released Audio Flamingo checkpoint"),
+            (("--audio-flamingo", foundation, "--clap", clap, "--lm", tmp_path), "no tokenizer"),
+            (("--audio-flamingo", foundation, "--clap", clap, "--lm", lm), "foundation.pt: tensor")):
+        with pytest.raises(UserError, match=message):
+            pretrained.main([str(a) for a in arguments])
+    done = subprocess.run([sys.executable, "-m", "af_min.pretrained", "--lm", str(tmp_path)], capture_output=True, text=True,
+                          cwd=Path(__file__).parent.parent)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
