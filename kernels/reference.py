@@ -78,5 +78,5 @@ def masked_cross_attention(q_BHTK: Tensor, k_BHLK: Tensor, v_BHLK: Tensor, kv_le
 
 
 def gated_residual(x: Tensor, a: Tensor, weight: Tensor, gate: Tensor) -> Tensor:
-    """x (..., D) + tanh(gate) · a (..., E) Wᵀ with weight (D, E) and a gate of one element."""
-    return x + torch.tanh(gate) * F.linear(a, weight)
+    """x (..., D) + tanh(gate) · a (..., E) Wᵀ with weight (D, E) and a gate of one element, in the dtype of x."""
+    return x + (torch.tanh(gate) * F.linear(a, weight)).to(x.dtype)

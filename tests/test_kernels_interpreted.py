@@ -161,6 +161,17 @@ def test_gated_residual_and_gradients(rows, D, E, gate, name):
         assert torch.equal(found[0], inputs[0])
 
 
+def test_gated_residual_under_autocast():
+    """a and weight are cast as a linear layer's would be; x, and with it the residual stream, stays float32."""
+    inputs = residual_inputs(17, 32, 64, torch.float32)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        found, peer = ([out, *torch.autograd.grad(out.sum(), inputs)] for out in
+                       (kernels.gated_residual(*inputs, backend=b) for b in ("triton", "reference")))
+    for a, b in zip(found, peer):
+        assert a.dtype == b.dtype == torch.float32
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
+
+
 def test_block_is_the_same_on_both_backends(monkeypatch):
     """A whole gated cross-attention block: outputs and the gradient of every parameter."""
     from af_min.config import XattnConfig
