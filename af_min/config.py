@@ -100,6 +100,8 @@ class LMConfig:
     bias: bool = True                # of every other linear layer. OPT: True; Llama family: False
     tied_head: bool = True           # the published Audio Flamingo checkpoints untie it
     dropout: float = 0.0             # active in training mode only
+    conv: int = 0                    # taps of a causal convolution before attention; 0 = none. Not in the paper: a small model
+                                     # learns to copy and to match ("A B ... A" -> B) many times sooner when a key knows its neighbour
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ TINY = Config(
     representation=RepresentationConfig(layers=2, heads=4, inner=256, max_audios=16),
     xattn=XattnConfig(heads=4, head_dim=32, ff_mult=4, gate_init=0.5, audio_index=True),
     lm=LMConfig(vocab_size=896, width=128, layers=4, heads=4, kv_heads=4, head_dim=32, inner=512, max_positions=512,
-                positions="rope"),
+                positions="rope", conv=3),
 )
 
 PRESETS = {"tiny": TINY, "af1": AF1}

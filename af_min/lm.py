@@ -40,6 +40,7 @@ class KVCache:
     """
     k: list[Tensor]                  # a layer: (B, G, max_length, K)
     v: list[Tensor]
+    recent: list[Tensor]             # a layer with a short convolution: (B, conv - 1, D), what it reads of the last tokens
     mask_BT: Tensor                  # (B, max_length) bool: False where the token is padding
     length: int = 0                  # tokens held, padding included
     padded: bool = False             # some token may be padding; otherwise no mask has to be built
@@ -50,7 +51,8 @@ class KVCache:
 
     def select(self, rows: Tensor) -> "KVCache":
         """A copy made of the given rows (int64), each as often as it is named: several answers go on from one prompt."""
-        return KVCache([k[rows] for k in self.k], [v[rows] for v in self.v], self.mask_BT[rows], self.length, self.padded)
+        return KVCache(*([t[rows] for t in tensors] for tensors in (self.k, self.v, self.recent)), self.mask_BT[rows],
+                       self.length, self.padded)
 
     def append(self, layer: int, k_BGTK: Tensor, v_BGTK: Tensor) -> tuple[Tensor, Tensor]:
         """Write one layer's new keys and values behind `length` -> all of that layer's so far, (B, G, C, K) each."""
@@ -97,6 +99,29 @@ class Attention(nn.Module):
         return self.out(rearrange(y, "b h t k -> b t (h k)"))
 
 
+class ShortConvolution(nn.Module):
+    """Causal and depthwise: y_t = x_t + sum_{i < n} w_i x_{t-i}, w = 0 at first. Not in the paper; `LMConfig.conv` says why."""
+
+    def __init__(self, width: int, taps: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(taps, width))           # row i weighs what stands i tokens back
+
+    def forward(self, x_BTD: Tensor, layer: int, valid_BT: Tensor | None, cache: KVCache | None) -> Tensor:
+        """valid_BT: False at padding, which counts as 0; with a cache the last tokens come from there and go there."""
+        taps, length = len(self.weight), x_BTD.shape[1]
+        if valid_BT is not None:
+            x_BTD = x_BTD * valid_BT[..., None]
+        before = x_BTD.new_zeros(len(x_BTD), taps - 1, x_BTD.shape[2]) if cache is None else cache.recent[layer].to(x_BTD.dtype)
+        padded = torch.cat([before, x_BTD], dim=1)
+        if cache is not None:
+            keep = padded[:, length:]
+            if valid_BT is not None:                                    # padding on the right: a row keeps its last real tokens
+                place = (torch.arange(1, length + 1, device=x_BTD.device) * valid_BT).amax(1)
+                keep = padded.gather(1, (place[:, None] + torch.arange(taps - 1, device=x_BTD.device))[..., None].expand_as(keep))
+            cache.recent[layer].copy_(keep)
+        return x_BTD + sum(w * padded[:, taps - 1 - i:taps - 1 - i + length] for i, w in enumerate(self.weight))
+
+
 class MLP(nn.Module):
     """relu: W2 relu(W1 x).  swiglu: W2 (silu(Wg x) * W1 x)."""
 
@@ -125,10 +150,15 @@ class Layer(nn.Module):
         self.attention = Attention(config)
         self.mlp_norm = make_norm(config)
         self.mlp = MLP(config)
+        self.conv = ShortConvolution(config.width, config.conv) if config.conv else None
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x_BTD: Tensor, layer: int, seen: Tensor | None, angles, cache: KVCache | None) -> Tensor:
-        x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), layer, seen, angles, cache))
+    def forward(self, x_BTD: Tensor, layer: int, seen: Tensor | None, angles, valid_BT: Tensor | None,
+                cache: KVCache | None) -> Tensor:
+        read_BTD = self.attention_norm(x_BTD)
+        if self.conv is not None:
+            read_BTD = self.conv(read_BTD, layer, valid_BT, cache)
+        x_BTD = x_BTD + self.dropout(self.attention(read_BTD, layer, seen, angles, cache))
         return x_BTD + self.dropout(self.mlp(self.mlp_norm(x_BTD)))
 
 
@@ -162,7 +192,9 @@ class LM(nn.Module):
         dtype, device = dtype or self.embed.weight.dtype, device or self.embed.weight.device
         shape = (batch, self.config.kv_heads, max_length, self.config.head_dim)
         k, v = ([torch.zeros(shape, dtype=dtype, device=device) for _ in self.layers] for _ in range(2))
-        return KVCache(k, v, torch.zeros(batch, max_length, dtype=torch.bool, device=device))
+        recent = [torch.zeros(batch, self.config.conv - 1, self.config.width, dtype=dtype, device=device)
+                  for _ in self.layers if self.config.conv]
+        return KVCache(k, v, recent, torch.zeros(batch, max_length, dtype=torch.bool, device=device))
 
     def forward(self, ids_BT: Tensor, mask_BT: Tensor | None = None, cache: KVCache | None = None,
                 before_layer: Callable[[int, Tensor], Tensor] | None = None) -> Tensor:
@@ -193,7 +225,7 @@ class LM(nn.Module):
         for i, layer in enumerate(self.layers):
             if before_layer is not None:
                 x_BTD = before_layer(i, x_BTD)
-            x_BTD = layer(x_BTD, i, seen, angles, cache)
+            x_BTD = layer(x_BTD, i, seen, angles, None if valid_BC is None else valid_BC[:, start:], cache)
         if cache is not None:
             cache.length += length
         return self.norm(x_BTD)
