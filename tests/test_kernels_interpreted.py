@@ -1,6 +1,7 @@
 """What the Triton kernels must give, on odd sizes and in three precisions. Runs on a GPU, or without one under
 TRITON_INTERPRET=1: tests/test_kernels.py starts it that way in a process of its own; elsewhere this file holds no tests."""
 import itertools
+import math
 import os
 
 import pytest
@@ -82,6 +83,17 @@ def test_attention_and_gradients(T, L, K, name):
     blind = (inputs[3] == 0)[:, None, :].expand(found[0].shape[:3])
     assert (found[0][blind] == 0).all() and (found[1][blind] == 0).all()
     assert all((x[1] == 0).all() for x in found), "a sample without audio gives zero output and zero gradients"
+
+
+@pytest.mark.parametrize("T, L", [(17, 33), (1, 40), (1, 1030)])
+def test_saved_log_sum_exp(T, L):
+    """log2 sum_j 2^(s log2 e) of every row, one token in several splits included; +inf where nothing is visible."""
+    from kernels import masked_xattn
+    q, k, v, kv_len = make(T, L, 32, torch.float32)
+    lse = masked_xattn.forward_op(q, k, v, kv_len)[1]
+    scores = (q @ k.nan_to_num().mT / 32 ** 0.5).masked_fill(~reference.visible(kv_len, L), -torch.inf)
+    exact = (scores.logsumexp(-1) / math.log(2)).masked_fill((kv_len == 0)[:, None], torch.inf)
+    torch.testing.assert_close(lse, exact, rtol=1e-5, atol=1e-5)
 
 
 def test_no_audio_in_the_batch():
