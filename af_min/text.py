@@ -65,7 +65,10 @@ class Tokenizer:
     @classmethod
     def load(cls, path: Path) -> "Tokenizer":
         try:
-            return cls(Path(path).read_bytes())
+            model = Path(path).read_bytes()
+            if not model:
+                raise RuntimeError("the file is empty")
+            return cls(model)
         except (OSError, RuntimeError) as error:
             raise UserError(f"{path}: not a sentencepiece model ({error}); every run folder holds its tokenizer.model") from None
 
@@ -113,11 +116,11 @@ class Writer:
         self.labels += ids if supervised else [IGNORE] * len(ids)
 
     def sound(self, audio: str | None, described: bool, row: dict) -> None:
-        """<audio>, or, for text-only training, the description of what is heard."""
-        if not described:
-            self.special(self.tokenizer.audio_id)
-        elif row.get("description"):
+        """<audio> if there is a recording, or, for text-only training, the description of what is heard."""
+        if described and row.get("description"):
             self.prompt(row["description"] + ".\n")
+        elif audio and not described:
+            self.special(self.tokenizer.audio_id)
 
 
 def write_sample(tokenizer: Tokenizer, row: dict, described: bool = False, complete: bool = True,
@@ -151,19 +154,19 @@ def write_sample(tokenizer: Tokenizer, row: dict, described: bool = False, compl
         if complete:
             w.special(tokenizer.eos_id, supervised=True)
     audios = () if described else tuple((p["audio"], p.get("start", 0.0)) for p in [*shots, row] if p.get("audio"))
-    ids, labels = cut(w.ids, w.labels, tokenizer.eoc_id, max_tokens)
+    ids, labels = cut(w.ids, w.labels, (tokenizer.eoc_id, tokenizer.eos_id), max_tokens)
     return Sample(ids, labels, audios[:ids.count(tokenizer.audio_id)])
 
 
-def cut(ids: list[int], labels: list[int], eoc_id: int, max_tokens: int | None) -> tuple[list[int], list[int]]:
-    """The first `max_tokens`; an answer whose <|endofchunk|> fell off is masked whole."""
+def cut(ids: list[int], labels: list[int], ends: tuple[int, int], max_tokens: int | None) -> tuple[list[int], list[int]]:
+    """The first `max_tokens`; an answer whose <|endofchunk|> fell off is masked whole. `ends`: <|endofchunk|> and </s>."""
     if max_tokens is None or len(ids) <= max_tokens:
         return ids, labels
-    ids, labels = ids[:max_tokens], labels[:max_tokens]
-    for t in reversed(range(max_tokens)):
-        if labels[t] == IGNORE or labels[t] == eoc_id or t + 1 < max_tokens and labels[t + 1] == IGNORE:
-            break
-        labels[t] = IGNORE
+    ids, labels, last = ids[:max_tokens], labels[:max_tokens], max_tokens - 1
+    if labels[last] not in ends:
+        while labels[last] != IGNORE:  # back to <SEP>, which is never supervised
+            labels[last] = IGNORE
+            last -= 1
     return ids, labels
 
 
