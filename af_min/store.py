@@ -4,12 +4,14 @@
     <data set>/embeddings/<encoder hash>/index.jsonl    one line a recording: {"key", "first", "count"}
 
 A recording's key is the hash of its file's bytes and of the place where listening starts. A line of the index is written after
-its vectors: what an interruption leaves behind is a tail of vectors that no line names, and the next run overwrites it.
+its vectors: what an interruption leaves behind is a tail of vectors that no line names and half a line, and the next run
+overwrites both. A line whose vectors are not there (a copy that was cut off) counts for nothing, like all that follow it.
 """
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -18,6 +20,7 @@ import torch
 
 from . import audio
 from .clap import WindowEncoder
+from .cli import UserError
 from .config import AudioConfig
 
 
@@ -31,7 +34,10 @@ def encoder_hash(encoder: WindowEncoder) -> str:
 
 
 def recording_key(path: Path, start: float) -> str:
-    digest = hashlib.blake2b(Path(path).read_bytes(), digest_size=12)
+    try:
+        digest = hashlib.blake2b(Path(path).read_bytes(), digest_size=12)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); the manifest names it, so prepare the data set again") from None
     digest.update(f"{start:.3f}".encode())
     return digest.hexdigest()
 
@@ -46,17 +52,26 @@ class Store:
         self.index: dict[str, tuple[int, int]] = {}          # key -> first row, count
         self.places: dict[tuple[str, float], tuple[int, int]] = {}
         self.vectors = np.zeros((0, width), np.float16)
-        if (self.home / "index.jsonl").exists():
-            for line in (self.home / "index.jsonl").read_text().splitlines():
-                try:
-                    entry = json.loads(line)
-                except json.JSONDecodeError:                  # the last line of an interrupted run
-                    break
-                self.index[entry["key"]] = (entry["first"], entry["count"])
+
+    def _read_index(self) -> int:
+        """Note what is stored; returns how many bytes of index.jsonl are whole."""
+        index, vectors = self.home / "index.jsonl", self.home / "vectors.f16"
+        held = vectors.stat().st_size // (2 * self.width) if vectors.exists() else 0
+        self.index, whole = {}, 0
+        for line in index.read_bytes().splitlines(keepends=True) if index.exists() else []:
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                break
+            if not line.endswith(b"\n") or entry["first"] + entry["count"] > held:
+                break
+            self.index[entry["key"]] = (entry["first"], entry["count"])
+            whole += len(line)
+        return whole
 
     def add(self, recordings: Iterable[tuple[str, float]], progress: Callable = lambda items: items, batch: int = 128) -> int:
         """Encode the recordings (file, start) that are not yet stored; returns how many windows were encoded."""
-        todo, keys = [], {}
+        todo, keys, whole = [], {}, self._read_index()
         for place in sorted(set(recordings) - set(self.places)):
             keys[place] = recording_key(self.folder / place[0], place[1])
             if keys[place] not in self.index:
@@ -65,9 +80,11 @@ class Store:
         device = next(self.encoder.parameters()).device
         done = 0
         if todo:
-            (self.home / "vectors.f16").touch()
-        with open(self.home / "vectors.f16", "r+b") if todo else open("/dev/null") as vectors, \
-                open(self.home / "index.jsonl", "a") as index:
+            for name in ("vectors.f16", "index.jsonl"):
+                (self.home / name).touch()
+            os.truncate(self.home / "index.jsonl", whole)
+        with open(self.home / "vectors.f16" if todo else os.devnull, "r+b") as vectors, \
+                open(self.home / "index.jsonl" if todo else os.devnull, "a") as index:
             waiting: list[tuple[str, torch.Tensor]] = []
 
             def flush():
