@@ -287,10 +287,8 @@ def make_tokenizer(folders, vocab_size: int) -> text.Tokenizer:
     lines = []
     for folder, _ in folders:
         for row in manifest.read_rows(folder / "train.jsonl"):
-            lines.append(text.SHOTS_PREFIX * ("shots" in row) + text.prefix(row["task"]))
-            for part in [row, *row.get("shots", []), *row.get("turns", [])]:
-                lines += [part[k].lower() for k in ("prompt", "answer", "description", "user", "assistant") if k in part]
-            lines += ["\nAnswer:", "\nuser: ", "\nassistant: "]
+            parts = [row, *row.get("shots", [])[:1], *row.get("turns", [])]  # one made-up word a row is enough
+            lines += [part[k].lower() for part in parts for k in ("prompt", "answer", "description", "user", "assistant") if k in part]
     return text.Tokenizer.train(lines, vocab_size)
 
 

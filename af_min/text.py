@@ -34,6 +34,7 @@ SAME_AS = {                          # tasks that are asked under another one's 
     **dict.fromkeys(("FewShotSeen", "FewShotUnseen", "Pool"), "FewShot"),
 }
 SHOTS_PREFIX = "Here are similar examples. "
+ANSWER, USER, ASSISTANT = "\nAnswer:", "user: ", " \nassistant: "
 
 
 def prefix(task: str) -> str:
@@ -53,12 +54,17 @@ class Tokenizer:
 
     @classmethod
     def train(cls, lines: Iterable[str], vocab_size: int) -> "Tokenizer":
-        """A BPE tokenizer of `vocab_size` ids, special ones included. Every byte has a piece: no text is unknown."""
+        """A BPE tokenizer of `vocab_size` ids, special ones included. Every byte has a piece: no text is unknown.
+
+        The phrases of the templates are one token each: a short sequence is a fast one.
+        """
+        phrases = ["\n", ANSWER, "\n" + USER, USER, ASSISTANT, " " + SHOTS_PREFIX, *(f" {p}" for p in PREFIXES.values()),
+                   *(p for p in PREFIXES.values())]
         out = io.BytesIO()
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines), model_writer=out, vocab_size=vocab_size - 6, model_type="bpe", byte_fallback=True,
+            sentence_iterator=map(spaced, lines), model_writer=out, vocab_size=vocab_size - 6, model_type="bpe", byte_fallback=True,
             normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=False,
-            user_defined_symbols=["\n"], bos_id=-1, eos_id=-1, pad_id=-1, hard_vocab_limit=False, num_threads=1,
+            user_defined_symbols=sorted({p.replace(" ", "\u2581") for p in phrases}), bos_id=-1, eos_id=-1, pad_id=-1, hard_vocab_limit=False, num_threads=1,
             split_digits=True, minloglevel=2)
         return cls(out.getvalue())
 
@@ -79,11 +85,15 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """A word at the beginning is the same token as after a space: an answer is spelt as in the prompt that names it."""
-        return self.pieces.encode(" " + text if text[:1].isalnum() else text)
+        return self.pieces.encode(spaced(text))
 
     def decode(self, ids: list[int]) -> str:
         """Text of the ids, without the first space; special tokens are left out."""
         return self.pieces.decode([i for i in ids if i < self.pieces.vocab_size()]).removeprefix(" ")
+
+
+def spaced(text: str) -> str:
+    return " " + text if text[:1].isalnum() else text
 
 
 @dataclass(frozen=True)
@@ -137,7 +147,7 @@ def write_sample(tokenizer: Tokenizer, row: dict, described: bool = False, compl
     if "turns" in row:
         w.sound(row.get("audio"), described, row)
         for i, turn in enumerate(row["turns"]):
-            w.prompt(("\n" if i else "") + f"user: {turn['user'].lower()} \nassistant: ")
+            w.prompt(("\n" if i else "") + f"{USER}{turn['user'].lower()}{ASSISTANT}")
             if i + 1 == len(row["turns"]) and not complete:
                 w.special(tokenizer.sep_id)
                 break
@@ -146,7 +156,7 @@ def write_sample(tokenizer: Tokenizer, row: dict, described: bool = False, compl
     else:
         for part in [*shots, row]:
             w.sound(part.get("audio"), described, part)
-            w.prompt(part["prompt"].lower() + "\nAnswer:")
+            w.prompt(part["prompt"].lower() + ANSWER)
             if part is row and not complete:
                 w.special(tokenizer.sep_id)
                 break
