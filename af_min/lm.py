@@ -36,7 +36,8 @@ class KVCache:
     """The keys and values of the tokens read so far, so that the next token costs one column instead of the whole text.
 
     It belongs to the caller and is an argument of `LM.forward`, which writes the new tokens behind the old ones and
-    advances `length` once, after the last layer. Setting `length` back forgets the tokens behind it.
+    advances `length` once, after the last layer. Setting `length` back forgets the tokens behind it (but for what a short
+    convolution holds of them in `recent`).
     """
     k: list[Tensor]                  # a layer: (B, G, max_length, K)
     v: list[Tensor]

@@ -85,6 +85,21 @@ def test_a_left_padded_batch_goes_on_as_each_row_alone(config):
 
 @FAMILIES
 @torch.no_grad()
+def test_padding_between_two_reads_changes_nothing(config):
+    """Rows that have ended read padding while others go on; what they read afterwards is as if there were none."""
+    lm, prompts, more = shaken(LM(config)), some_ids(), some_ids(length=4, seed=2)
+    ids, mask = padded(prompts, [12, 5, 9], "right")
+    cache = lm.new_cache(3, 18)
+    for part, part_mask in zip(ids.split([7, 4, 1], 1), mask.split([7, 4, 1], 1)):
+        lm(part, part_mask, cache=cache)
+    got = torch.cat([lm(part, cache=cache) for part in more.split([1, 3], 1)], dim=1)
+    for b, n in enumerate([12, 5, 9]):
+        alone = lm(torch.cat([prompts[b:b + 1, :n], more[b:b + 1]], dim=1))[0, n:]
+        assert relative(got[b], alone) < 1e-5
+
+
+@FAMILIES
+@torch.no_grad()
 def test_a_token_reaches_itself_and_later_tokens_only(config):
     lm, ids = shaken(LM(config)), some_ids(batch=1)
     changed = ids.clone()
