@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+import tempfile
 import time
 import types
 import zlib
@@ -18,7 +19,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from af_min.audio import mel_filters
 from af_min.clap import WindowEncoder
 from af_min.config import AF1, TINY
 from af_min.pretrained_clap import IMAGINARY, REAL, _theirs, load_clap
@@ -170,10 +170,10 @@ def rate(run, count: int, seconds: float = 4.0) -> float:
 def bench(modules, count: int = 8, seconds: float = 4.0) -> dict[str, float]:
     """Windows/s of the published encoder and of ours on the same weights and windows, one after the other."""
     published, ours, half = published_encoder(modules), *(WindowEncoder(AF1.audio, AF1.clap).eval() for _ in range(2))
-    path = GOLDEN.parent / "bench.pth.tmp"
-    torch.save({"model": {f"clap.{key}": value for key, value in published.state_dict().items()}}, path)
-    load_clap(path, ours), load_clap(path, half)
-    path.unlink()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "clap.pth"
+        torch.save({"model": {f"clap.{key}": value for key, value in published.state_dict().items()}}, path)
+        load_clap(path, ours), load_clap(path, half)
     half.bfloat16()
     x = waves(count, AF1.audio.window_samples)
     with torch.inference_mode():

@@ -37,8 +37,7 @@ def relative(a, b) -> float:
 @pytest.fixture(scope="module")
 def af1(tmp_path_factory):
     """Our full-size encoder with random published-format weights."""
-    with torch.device("cpu"):
-        encoder = WindowEncoder(AF1.audio, AF1.clap).eval()
+    encoder = WindowEncoder(AF1.audio, AF1.clap).eval()
     load_clap(save(tmp_path_factory.mktemp("clap") / "clap.pth", random_checkpoint(encoder)), encoder)
     return encoder
 
