@@ -96,6 +96,12 @@ def spaced(text: str) -> str:
     return " " + text if text[:1].isalnum() else text
 
 
+def unspeakable(tokenizer) -> tuple[int, ...]:
+    """The special tokens that no answer may hold: all but <|endofchunk|>, which ends it."""
+    t = tokenizer
+    return tuple(sorted({t.pad_id, t.bos_id, t.eos_id, t.audio_id, t.sep_id} - {t.eoc_id}))
+
+
 @dataclass(frozen=True)
 class Sample:
     """One training sequence: token ids, their labels (IGNORE where nothing is supervised), the audio of each <audio>."""
