@@ -21,13 +21,14 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from .synth import CLASSES, RATE, TRAIN_CLASSES, UNSEEN_CLASSES, Patch, describe, random_patch, render
+from .synth import CLASSES, RATE, SOURCES, TRAIN_CLASSES, UNSEEN_CLASSES, Patch, describe, random_patch, render
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five")
 MAX_SECONDS = 5.2           # of a scene: 24 windows of 0.8 s, 0.2 s apart, reach 5.4 s
 PITCH = {"low": 0.67, "high": 1.5}
 LENGTH = {"short": (0.22, 0.36), "long": (0.58, 0.8)}  # seconds
 WINDOW = 0.8                # seconds of a captioned window
+REAL_WORDS = {*NUMBERS, *SOURCES, *CLASSES, "before"}  # made of syllables too, but with a meaning: five, zero, tone
 
 
 @dataclass(frozen=True)
@@ -180,10 +181,10 @@ def dialogue(events: list[Event], rng: np.random.Generator) -> list[dict]:
 # ---------------------------------------------------------------------- few-shot episodes
 
 def made_up_word(split: str, rng: np.random.Generator) -> str:
-    """Two or three syllables. A hash assigns every word to one split: a word of the test split occurs nowhere else."""
+    """Two or three syllables, no word of a question or an answer. A hash assigns each to one split: a test word occurs nowhere else."""
     while True:
         word = "".join(rng.choice(list("bdfgklmnprstvz")) + rng.choice(list("aeiou")) for _ in range(2 + (rng.random() < 0.3)))
-        if (hashlib.sha256(word.encode()).digest()[0] < 51) == (split == "test"):
+        if word not in REAL_WORDS and (hashlib.sha256(word.encode()).digest()[0] < 51) == (split == "test"):
             return word
 
 
