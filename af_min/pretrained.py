@@ -75,7 +75,8 @@ class Arguments:
     out: str = cli.flag("runs/af1", "run folder to write")
     slots: int = cli.flag(8, "audios a text has room for; of the released checkpoints: the number they were fine-tuned with "
                              "(1 without examples, 4 the chat model, 4 or 8 with examples), as empty slots are attended")
-    dtype: str = cli.flag("bfloat16", "numbers of the written weights", choices=tuple(DTYPES))
+    dtype: str = cli.flag("", "numbers of the written weights (default: bfloat16; of a new model, which is to be trained, float32)",
+                          choices=tuple(DTYPES))
     seed: int = cli.flag(0, "of the layers of a new model that are not published")
 
 
@@ -214,7 +215,8 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("--clap is missing: the released checkpoints do not hold their window encoder, clapcap_weights_2023.pth")
     if args.slots < 1:
         raise UserError(f"--slots {args.slots}: a text needs room for at least one audio")
-    dtype = DTYPES[args.dtype]
+    kind = args.dtype or ("bfloat16" if args.audio_flamingo else "float32")
+    dtype = DTYPES[kind]
     if args.audio_flamingo:
         made = released_model(args.audio_flamingo, args.clap, args.lm, dtype, args.slots)
     else:
@@ -224,7 +226,7 @@ def main(argv: list[str] | None = None) -> None:
     write_run(Path(args.out), config, tokenizer, state, origin)
     count, size = (sum(f(t) for t in state.values()) for f in (torch.Tensor.numel, lambda t: t.nbytes))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
-    print(f"{args.out}: {count / 1e6:.1f} M numbers, {size / 2 ** 30:.2f} GiB ({args.dtype}), vocabulary {tokenizer.vocab_size}; "
+    print(f"{args.out}: {count / 1e6:.1f} M numbers, {size / 2 ** 30:.2f} GiB ({kind}), vocabulary {tokenizer.vocab_size}; "
           f"{time.time() - began:.0f} s, peak memory {peak:.2f} GiB")
 
 

@@ -1,13 +1,17 @@
 """lm.py: the same logits as the published families, whatever the padding and however the text is cut into reads."""
 import dataclasses
 import math
+import zlib
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from af_min.config import TINY, LMConfig
 from af_min.lm import LM, rotary_angles, rotate
-from af_min.pretrained_lm import load_lm
+from af_min.pretrained_lm import TABLES, expand, lm_config, load_lm, shapes_of
 
 OPT = LMConfig(vocab_size=61, width=32, layers=3, heads=4, kv_heads=4, head_dim=8, inner=48, max_positions=40)
 LLAMA = LMConfig(vocab_size=61, width=32, layers=3, heads=4, kv_heads=2, head_dim=8, inner=48, max_positions=40, positions="rope",
@@ -190,6 +194,50 @@ def test_the_published_size_is_that_of_opt_1_3b():
     assert counted == 1_315_758_080 - 4 * 2048
 
 
+# ------------------------------------------------------------------ stored figures of transformers
+
+STORED = Path(__file__).parent / "golden" / "lm_logits.safetensors"      # written by `python tests/test_lm.py`
+SMALL = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 40}
+STORED_CONFIGS = {
+    "opt": dict(SMALL, model_type="opt", ffn_dim=48, word_embed_proj_dim=32),
+    "llama": dict(SMALL, model_type="llama", intermediate_size=48, num_key_value_heads=2, rms_norm_eps=1e-5),
+    "qwen2": dict(SMALL, model_type="qwen2", intermediate_size=48, num_key_value_heads=2, rms_norm_eps=1e-6, tie_word_embeddings=True),
+}
+
+
+def weight(name, shape):
+    """Random numbers that depend on the published name alone."""
+    x = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape, dtype=np.float32)
+    return torch.tensor(1 + 0.2 * x if "norm.weight" in name else 0.2 * x)
+
+
+@pytest.mark.parametrize("family", STORED_CONFIGS)
+@torch.no_grad()
+def test_logits_are_the_stored_ones_of_transformers(family):
+    lm = LM(lm_config(STORED_CONFIGS[family], family)).eval()
+    shapes = shapes_of(lm)
+    table = expand(TABLES[family], shapes, 2)
+    lm.load_state_dict({ours: weight(theirs, shapes[ours]) for ours, theirs in table.items()})
+    ids, mask = padded(some_ids(), [12, 5, 9], "left")
+    expected = load_file(STORED)[family]
+    assert relative(lm.logits(lm(ids, mask))[mask], expected) < 1e-5
+
+
+def write_stored():
+    import transformers
+    made = {}
+    for family, settings in STORED_CONFIGS.items():
+        kind = {"opt": "OPT", "llama": "Llama", "qwen2": "Qwen2"}[family] + "Config"
+        model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, kind)(**settings)).eval()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(weight(name, tuple(parameter.shape)))
+            ids, mask = padded(some_ids(), [12, 5, 9], "left")
+            extra = {} if family == "opt" else {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+            made[family] = model(ids, attention_mask=mask.long(), **extra).logits[mask].contiguous()
+    save_file(made, STORED)
+
+
 # ------------------------------------------------------------------ against transformers (skipped without it)
 
 COMMON = dict(vocab_size=61, hidden_size=48, num_hidden_layers=3, num_attention_heads=6, max_position_embeddings=40)
@@ -248,3 +296,7 @@ def test_cached_logits_are_those_of_transformers(peer):
         out = theirs(part, attention_mask=seen, past_key_values=past, use_cache=True, **extra)
         past = out.past_key_values
         assert relative(ours.logits(ours(part, part_mask, cache=cache))[part_mask], out.logits[part_mask]) < 1e-5
+
+
+if __name__ == "__main__":
+    write_stored()
