@@ -52,6 +52,7 @@ class Args:
     steps: int = flag(0, "training steps of the stage (0: the preset's)")
     lr: float = flag(0.0, "peak learning rate of the stage (0: the preset's)")
     batch: int = flag(0, "samples of the global batch (0: the preset's)")
+    batch_tokens: int = flag(0, "padded tokens of the global batch, at most (0: the preset's)")
     accumulate: int = flag(1, "parts that a process splits its share of the batch into, to save memory")
     pool_windows: bool = flag(False, "ablation: one mean vector an audio instead of its windows")
     checkpoint_every: int = flag(100, "steps from one checkpoint to the next")
@@ -294,7 +295,8 @@ def make_tokenizer(folders, vocab_size: int) -> text.Tokenizer:
 
 def stage_settings(args: Args, stage: str) -> StageConfig:
     c = STAGES[args.preset][stage]
-    return replace(c, steps=args.steps or c.steps, lr=args.lr or c.lr, batch=args.batch or c.batch, warmup=min(c.warmup, max(1, (args.steps or c.steps) // 5)))
+    return replace(c, steps=args.steps or c.steps, lr=args.lr or c.lr, batch=args.batch or c.batch,
+                   batch_tokens=args.batch_tokens or c.batch_tokens, warmup=min(c.warmup, max(1, (args.steps or c.steps) // 5)))
 
 
 def prepare(args: Args, world: World) -> None:

@@ -180,11 +180,15 @@ class LM(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Normal(0, 0.02), biases 0; what writes to the residual stream is smaller, as 2 x layers branches add up in it."""
+        """Normal(0, 1 / width), biases 0; what writes to the residual stream is smaller: 2 x layers branches add up in it.
+
+        At OPT's widths that is its standard deviation of 0.02; at a width of 128, 0.02 would start every layer near zero.
+        """
+        std = self.config.width ** -0.5
         for name, module in self.named_modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 branch_end = name.endswith(("attention.out", "mlp.down"))
-                module.weight.normal_(0.0, 0.02 / math.sqrt(2 * self.config.layers) if branch_end else 0.02)
+                module.weight.normal_(0.0, std / math.sqrt(2 * self.config.layers) if branch_end else std)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 module.bias.zero_()
 
