@@ -1,0 +1,333 @@
+"""Ask a trained model about recordings.
+
+    python sample.py --audio x.wav                                        describe the sounds
+    python sample.py --audio x.wav y.wav --prompt "is there a siren?"     one question about several recordings, as one batch
+    python sample.py --audio x.wav --options dog,bell,siren               which of these answers is the likeliest
+    python sample.py --audio x.wav --shots 4                              the nearest four training recordings as examples
+    python sample.py --audio x.wav --task FewShot --prompt "classify this sound." --shot dog.wav zub --shot bell.wav kip
+    python sample.py --audio x.wav --chat                                 a dialogue about one recording
+    python sample.py --audio x.wav --plot out.png                         where the model looked for each word
+
+The run folder is all that it needs; only --shots also reads the data set that the run was trained on. Answers go to standard
+output, all else (warnings, shots, what was measured) to standard error.
+"""
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from af_min import checkpoint, cli, data, text
+from af_min.audio import MIN_SECONDS
+from af_min.cli import UserError, flag
+from af_min.flamingo import AudioFlamingo, Sampling, State
+from af_min.retrieval import Heard, Library, Place, hear
+from af_min.text import Sample, Tokenizer, write_sample
+
+PICTURES = (".png", ".pdf", ".svg")
+
+
+@dataclass(frozen=True)
+class Args:
+    audio: list[str] = flag([], "recordings to ask about; several are answered as one batch", nargs="+")
+    run: str = flag("runs/tiny", "folder of the trained model")
+    prompt: str = flag("describe the sounds.", "what to ask")
+    task: str = flag("", "whose prefix begins the text, and which rows --shots takes (default: AudioCaptioning; AQA if the prompt "
+                         "ends with a question mark)")
+    options: str = flag("", "a,b,c: the only answers allowed; their probabilities are printed (the task AudioClassification also "
+                            "lists them in its prompt, as in training)")
+    shots: int = flag(0, "show so many training recordings with their answers first")
+    shots_from: str = flag("nearest", "how they are chosen", choices=("nearest", "random"))
+    data: list[str] = flag([], "prepared data sets that --shots come from (default: those that the run was trained on)", nargs="+")
+    shot: list[list[str]] = flag([], "an example of your own, shown first; repeat for more", nargs=2, action="append",
+                                 metavar=("FILE", "ANSWER"))
+    chat: bool = flag(False, "a dialogue about one recording; exit or the end of input ends it")
+    temperature: float = flag(0.0, "0: always the likeliest token; above: draw, the more evenly the higher")
+    top_k: int = flag(0, "draw among the k likeliest tokens (0: all)")
+    top_p: float = flag(1.0, "draw among the likeliest tokens that hold this much probability")
+    seed: int = flag(0, "seed of drawing and of random shots")
+    max_new: int = flag(64, "tokens of an answer, at most")
+    plot: str = flag("", "draw the recording, its windows and where each word looked into this file (.png, .pdf, .svg)")
+    device: str = flag("auto", "where to compute", choices=("auto", "cpu", "cuda"))
+
+    @property
+    def task_name(self) -> str:
+        return self.task or ("AQA" if self.prompt.rstrip().endswith("?") else "AudioCaptioning")
+
+    @property
+    def choices(self) -> list[str]:
+        return [option.strip().lower() for option in self.options.split(",") if option.strip()]
+
+
+def check(args: Args) -> None:
+    """UserError for flags that do not make sense, before anything is loaded."""
+    def need(good: bool, message: str):
+        if not good:
+            raise UserError(message)
+
+    need(bool(args.audio), "--audio is missing: name at least one recording")
+    need(bool(args.prompt.strip()), "--prompt is empty: ask something")
+    for name, least in (("temperature", 0), ("top_k", 0), ("max_new", 1), ("shots", 0)):
+        value = getattr(args, name)
+        need(least <= value < math.inf, f"--{name.replace('_', '-')} {value}: expected {least} or more")
+    need(0 < args.top_p <= 1, f"--top-p {args.top_p}: expected above 0 and at most 1")
+    need(all(answer.strip() for _, answer in args.shot), "--shot FILE ANSWER: the answer is empty")
+    need(not (args.shots and args.shot), "--shots chooses examples and --shot gives them: use one of the two")
+    need(not args.options or len(set(args.choices)) == len(args.choices) >= 2,
+         f"--options {args.options!r}: expected two or more different answers with commas between them")
+    if args.chat:
+        need(len(args.audio) == 1, f"--chat is about one recording, got {len(args.audio)}")
+        for name in ("options", "shots", "shot", "plot"):
+            need(not getattr(args, name), f"--chat and --{name} do not go together")
+    if args.plot:
+        need(len(args.audio) == 1, f"--plot draws one recording, got {len(args.audio)}")
+        need(Path(args.plot).suffix in PICTURES, f"--plot {args.plot}: the name must end with {', '.join(PICTURES)}")
+        need(Path(args.plot).absolute().parent.is_dir(), f"--plot {args.plot}: there is no such folder")
+    need(args.device != "cuda" or torch.cuda.is_available(), "--device cuda: no GPU is visible to torch; use --device cpu")
+
+
+def note(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+# ---------------------------------------------------------------------- hearing
+
+def hear_or_warn(model: AudioFlamingo, file: str) -> Heard:
+    """One recording; a warning if it is longer than the model hears, very short, or silent."""
+    heard, limit = hear(model, file), model.config.audio.max_seconds
+    if heard.recording.dropped_seconds > 0:
+        note(f"warning: {file}: the last {heard.recording.dropped_seconds:.2f} s are dropped: the model hears {limit:g} s at most")
+    if heard.recording.seconds < MIN_SECONDS:
+        note(f"warning: {file}: only {heard.recording.seconds:.3f} s long: there is hardly anything to hear")
+    if heard.recording.silent:
+        note(f"warning: {file}: silent: channel 0 holds nothing but zeros, the answer means nothing")
+    return heard
+
+
+def training_data(args: Args) -> list[str]:
+    """--data, or what config.json says that the run was trained on."""
+    found = checkpoint.read_json(Path(args.run) / "config.json").get("training", {}).get("args", {}).get("data", [])
+    if not (args.data or found):
+        raise UserError(f"--shots: {args.run}/config.json does not say what the run was trained on; name it with --data")
+    return args.data or found
+
+
+def write_questions(args: Args, model: AudioFlamingo, tokenizer: Tokenizer, heard: list[Heard]) \
+        -> tuple[list[Sample], dict[Place, np.ndarray]]:
+    """-> a text for each recording, shots first, that ends where the answer begins; the window embeddings of every audio in it."""
+    embeddings = {(h.path, 0.0): h.windows_WD for h in heard}
+    task, limit = args.task_name, model.config.representation.max_audios
+    if len(args.shot) + args.shots + 1 > limit:
+        raise UserError(f"{len(args.shot) + args.shots} shots and the recording itself: this model takes {limit} audios at most")
+    asked = text.question(task, args.prompt, args.choices if task == "AudioClassification" else None)
+    by_hand = [hear_or_warn(model, file) for file, _ in args.shot]
+    embeddings |= {(h.path, 0.0): h.windows_WD for h in by_hand}
+    shots = [[{**asked, "audio": file, "answer": answer} for file, answer in args.shot]] * len(heard)
+    if args.shots:
+        library = Library(model, training_data(args), task, lambda todo: tqdm(todo, "encoding", unit="rec", disable=not todo))
+        shots = [library.shots(h, args.shots, args.shots_from, args.prompt, args.seed) for h in heard]
+        embeddings |= library.windows
+    for h, shown in zip(heard, shots):
+        for shot in shown:
+            note(f"shot for {h.path}: {shot['audio']}: {shot['prompt']} {shot['answer']}")
+    rows = [{**asked, "audio": h.path, "shots": shown} for h, shown in zip(heard, shots)]
+    return [write_sample(tokenizer, row, complete=False) for row in rows], embeddings
+
+
+# ---------------------------------------------------------------------- answering
+
+@torch.no_grad()
+def read(model: AudioFlamingo, tokenizer: Tokenizer, samples: list[Sample], embeddings: dict[Place, np.ndarray],
+         room: int | None = None) -> tuple[State, torch.Tensor]:
+    """Listen to all audios and read all prompts, as one batch padded on the left -> state, logits (B, V) of the first token.
+
+    room: tokens that may follow, at most (None: as many as the model can hold). UserError if the prompt fills the model.
+    """
+    batch = data.collate([(sample, embeddings) for sample in samples], tokenizer.pad_id, model.config.clap.out_width, left=True)
+    batch = batch.to(next(model.parameters()).device)
+    length, limit = batch.ids_BT.shape[1], model.config.lm.max_positions
+    if length >= limit:
+        raise UserError(f"the question is {length} tokens long, shots included; this model holds {limit}: shorten it, or fewer shots")
+    state = model.start(model.listen(batch.windows_AWD, batch.n_windows_BN), limit if room is None else min(limit, length + room))
+    return state, model.read(batch.ids_BT, state, None if batch.mask_BT.all() else batch.mask_BT)
+
+
+def answer(model: AudioFlamingo, tokenizer: Tokenizer, state: State, logits_BV: torch.Tensor, sampling: Sampling, max_new: int,
+           told: Callable[[int], None] = lambda token: None) -> list[list[int]]:
+    """Tokens of each row's answer, <|endofchunk|> last where it was reached; `told` is told those of row 0 at once."""
+    max_new = min(max_new, state.cache.max_length - state.cache.length)
+    answers: list[list[int]] = [[] for _ in logits_BV]
+    for token_B in model.generate(logits_BV, state, tokenizer.eoc_id, tokenizer.pad_id, max_new, sampling,
+                                  text.unspeakable(tokenizer)):
+        for row, (tokens, token) in enumerate(zip(answers, token_B.tolist())):
+            if tokens[-1:] != [tokenizer.eoc_id]:
+                tokens.append(token)
+                if row == 0:
+                    told(token)
+    return answers
+
+
+@torch.no_grad()
+def score(model: AudioFlamingo, tokenizer: Tokenizer, state: State, logits_BV: torch.Tensor, options: list[str]) -> torch.Tensor:
+    """log p(option <|endofchunk|> | audio, prompt) of every option, (B, options): the sum over its tokens.
+
+    Each option is read behind the same cached prompt and then forgotten again. UserError if one does not fit.
+    """
+    first_BV, start, columns = logits_BV.log_softmax(-1), state.cache.length, []
+    for option in options:
+        ids = torch.tensor(tokenizer.encode(option) + [tokenizer.eoc_id], device=logits_BV.device)
+        if start + len(ids) > state.cache.max_length:
+            raise UserError(f"--options: {option[:40]!r} does not fit behind the question: {state.cache.max_length} tokens at most")
+        hidden_BTD = model.hidden(ids[:-1].expand(len(logits_BV), -1), state.audio, state=state)
+        state.cache.length = start
+        later_BTV = model.lm.logits(hidden_BTD).float().log_softmax(-1)
+        columns.append(first_BV[:, ids[0]] + later_BTV[:, torch.arange(len(ids) - 1), ids[1:]].sum(1))
+    return torch.stack(columns, 1)
+
+
+class Printer:
+    """Tokens one at a time -> text as soon as it is certain: half a multi-byte character waits for its other half."""
+
+    def __init__(self, tokenizer: Tokenizer, write: Callable[[str], None] = lambda words: print(words, end="", flush=True)):
+        self.tokenizer, self.write = tokenizer, write
+        self.ids, self.shown = [], 0
+        self.begun, self.first = time.perf_counter(), None     # when generation began and when the first text was shown
+
+    def __call__(self, token: int) -> None:
+        self.ids.append(token)
+        self._show(self.tokenizer.decode(self.ids).rstrip("\ufffd"))
+
+    def close(self) -> None:
+        """What is left when no token follows, however incomplete."""
+        self._show(self.tokenizer.decode(self.ids))
+
+    def _show(self, known: str) -> None:
+        if len(known) > self.shown:
+            self.first = self.first or time.perf_counter()
+            self.write(known[self.shown:])
+            self.shown = len(known)
+
+
+class Dialogue:
+    """Turns about one recording. The caches grow from turn to turn: nothing is heard or read twice.
+
+    `ids` is the whole text so far, as one sample of the dialogue template in text.py.
+    """
+
+    def __init__(self, model: AudioFlamingo, tokenizer: Tokenizer, heard: Heard):
+        self.model, self.tokenizer, self.heard = model, tokenizer, heard
+        self.ids: list[int] = []
+        self.state: State | None = None
+
+    def _write(self, *turns: dict) -> Sample:
+        return write_sample(self.tokenizer, {"task": "Dialogue", "audio": self.heard.path, "turns": turns}, complete=False)
+
+    def _question(self, question: str) -> list[int]:
+        """What a later turn adds: `</s>\\nuser: ... \\nassistant: <SEP>`, behind a <|endofchunk|> if the answer was cut off."""
+        ids = self._write({"user": "-", "assistant": "-"}, {"user": question}).ids
+        end_of_first = len(ids) - 1 - ids[::-1].index(self.tokenizer.eos_id)
+        missing = [] if self.ids[-1] == self.tokenizer.eoc_id else [self.tokenizer.eoc_id]
+        return missing + ids[end_of_first:]
+
+    def ask(self, question: str, sampling: Sampling, max_new: int, told: Callable[[int], None] = lambda token: None) -> str:
+        """The answer. UserError if the text has become longer than the model can hold; the dialogue is unchanged then."""
+        if self.state is None:
+            sample = self._write({"user": question})
+            new = sample.ids
+            self.state, logits = read(self.model, self.tokenizer, [sample], {(self.heard.path, 0.0): self.heard.windows_WD})
+        else:
+            new, cache = self._question(question), self.state.cache
+            if cache.length + len(new) >= cache.max_length:
+                raise UserError(f"the dialogue has reached the {cache.max_length} tokens that this model holds; start a new one")
+            logits = self.model.read(torch.tensor([new], device=cache.mask_BT.device), self.state)
+        tokens = answer(self.model, self.tokenizer, self.state, logits, sampling, max_new, told)[0]
+        self.ids += new + tokens
+        return self.tokenizer.decode(tokens)
+
+
+# ---------------------------------------------------------------------- the command
+
+def questions() -> Iterator[str]:
+    """Lines of the terminal until `exit` or the end of input; empty ones are passed over."""
+    with contextlib.suppress(EOFError):
+        while (line := input("user: " if sys.stdin.isatty() else "").strip()).lower() != "exit":
+            if line:
+                yield line
+
+
+def chat(model: AudioFlamingo, tokenizer: Tokenizer, heard: Heard, sampling: Sampling, max_new: int) -> None:
+    """Questions from the terminal, answers as their words come, the rate after each on standard error."""
+    note(f"a dialogue about {heard.path} ({heard.recording.seconds:.2f} s); exit ends it")
+    dialogue = Dialogue(model, tokenizer, heard)
+    for question in questions():
+        printer, started = Printer(tokenizer), time.perf_counter()
+        print("assistant: ", end="", flush=True)
+        try:
+            dialogue.ask(question, sampling, max_new, printer)
+        finally:
+            printer.close()
+            print(flush=True)
+        footer(model, printer, len(printer.ids), started)
+
+
+def choose(model: AudioFlamingo, tokenizer: Tokenizer, state: State, logits_BV: torch.Tensor, options: list[str],
+           files: list[str]) -> list[list[int]]:
+    """Print every option with its probability, the likeliest first, and its share among the options; -> tokens of the likeliest."""
+    best = []
+    print("probability   share  answer")
+    for file, logp in zip(files, score(model, tokenizer, state, logits_BV, options)):
+        if len(files) > 1:
+            print(f"{file}:")
+        for i in logp.argsort(descending=True).tolist():
+            print(f"{logp[i].exp():11.3g}  {logp.softmax(0)[i]:6.1%}  {options[i]}")
+        best.append(tokenizer.encode(options[int(logp.argmax())]))
+    return best
+
+
+def footer(model: AudioFlamingo, printer: Printer, tokens: int, started: float) -> None:
+    """What was measured: time from the look at the recordings (or a turn's question) to the first word, tokens/s, device."""
+    device = next(model.parameters()).device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    now = time.perf_counter()
+    speed = f"first word after {printer.first - started:.2f} s, {tokens} tokens at {tokens / (now - printer.begun):.0f}/s" \
+        if printer.first else f"{now - started:.2f} s"
+    note(f"[{speed}; {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {name}, torch {torch.__version__}]")
+
+
+def main() -> None:
+    args = cli.parse(Args, description=__doc__)
+    check(args)
+    device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
+    model, tokenizer = checkpoint.load_run(Path(args.run), device)
+    sampling, alone = Sampling(args.temperature, args.top_k, args.top_p, args.seed), len(args.audio) == 1
+    started = time.perf_counter()
+    heard = [hear_or_warn(model, file) for file in args.audio]
+    if args.chat:
+        return chat(model, tokenizer, heard[0], sampling, args.max_new)
+    samples, embeddings = write_questions(args, model, tokenizer, heard)
+    state, logits_BV = read(model, tokenizer, samples, embeddings, None if args.options else args.max_new)
+    printer = Printer(tokenizer, *([] if alone else [lambda words: None]))    # several answers are printed when all are there
+    if args.options:
+        answers = choose(model, tokenizer, state, logits_BV, args.choices, args.audio)
+    else:
+        answers = answer(model, tokenizer, state, logits_BV, sampling, args.max_new, printer)
+        printer.close()
+        print("" if alone else "\n".join(f"{file}: {tokenizer.decode(ids)}" for file, ids in zip(args.audio, answers)))
+    footer(model, printer, sum(map(len, answers)), started)
+    if args.plot:
+        from af_min import plots
+        said = [token for token in answers[0] if token != tokenizer.eoc_id]
+        plots.answer_picture(Path(args.plot), model, tokenizer, heard[0], samples[0].ids, said, state.audio)
+        note(f"drawn: {args.plot}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
