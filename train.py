@@ -309,19 +309,19 @@ def prepare(args: Args, world: World) -> None:
 
 def main() -> None:
     args = cli.parse(Args, description=__doc__)
+    cli.at_least(args, seed=0, steps=0, lr=0, batch=0, batch_tokens=0, accumulate=1, checkpoint_every=1)
     world = World.start()
     torch.use_deterministic_algorithms(True, warn_only=True)
     prepare(args, world)
     folders, run = data.parse_data(args.data), Path("runs") / args.name
     stages = ALL_STAGES if args.stage == "all" else (args.stage,)
-    found = checkpoint.find_checkpoint(run) if args.resume else None
-    if args.resume and not found:
-        raise UserError(f"--resume: {run} holds no checkpoint; leave the flag away to start")
-    state = checkpoint.read_json(found / "state.json") if found else {"stage": stages[0], "step": 0}
+    found, state = where_to_go_on(args, run) if args.resume else (None, {"stage": stages[0], "step": 0})
     tokenizer, config = start_from(args, folders, run, world)
     torch.manual_seed(args.seed)
     everything = Everything(config).to(world.device)
     if found:
+        if world.rank == 0:
+            checkpoint.cut_log(run, ALL_STAGES, state)
         checkpoint.load_strictly(everything, checkpoint.read_tensors(found / "model.safetensors", world.device), found)
     elif args.init:
         source = Path(args.init) / "model.safetensors"
@@ -346,6 +346,19 @@ def main() -> None:
         dist.destroy_process_group()
 
 
+def where_to_go_on(args: Args, run: Path) -> tuple[Path, dict]:
+    """The run's last checkpoint, and the stage and step that it stands at."""
+    found = checkpoint.find_checkpoint(run)
+    if not found:
+        raise UserError(f"--resume: {run} holds no checkpoint; leave the flag away to start")
+    state = checkpoint.read_json(found / "state.json")
+    if not isinstance(state, dict) or state.get("stage") not in ALL_STAGES or not isinstance(state.get("step"), int):
+        raise UserError(f"{found / 'state.json'}: got {state}, expected a stage and a step; leave --resume away to start anew")
+    if args.stage not in ("all", state["stage"]):
+        raise UserError(f"--resume --stage {args.stage}: {run} stopped in stage {state['stage']}; go on with that --stage, or with all")
+    return found, state
+
+
 def start_from(args: Args, folders, run: Path, world: World):
     """Tokenizer and configuration: the interrupted run's, those of --init, or new ones, which are written into the run."""
     home = run if args.resume else Path(args.init) if args.init else None
@@ -357,7 +370,7 @@ def start_from(args: Args, folders, run: Path, world: World):
                          pool_windows=args.pool_windows)
     if world.rank == 0 and not args.resume:
         run.mkdir(parents=True, exist_ok=True)
-        (run / "log.jsonl").unlink(missing_ok=True)
+        checkpoint.forget(run)
         checkpoint.save_settings(run, config, tokenizer, {"args": asdict(args)})
     world.wait()
     return tokenizer, config

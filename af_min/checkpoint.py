@@ -76,7 +76,10 @@ def save_settings(run: Path, config: Config, tokenizer: Tokenizer, training: dic
 
 def load_config(run: Path) -> Config:
     path = Path(run) / "config.json"
-    return settings.from_dict(Config, read_json(path)["model"], str(path))
+    values = read_json(path)
+    if not isinstance(values, dict) or "model" not in values:
+        raise UserError(f'{path}: expected the dimensions of a model under "model"; is this a run folder made by train.py?')
+    return settings.from_dict(Config, values["model"], str(path))
 
 
 def save_run(run: Path, model: nn.Module, config: Config, tokenizer: Tokenizer, training: dict) -> None:
@@ -127,6 +130,28 @@ def save_checkpoint(run: Path, model: nn.Module, optimizer: torch.optim.Optimize
         os.replace(final, old)
     os.replace(new, final)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def forget(run: Path) -> None:
+    """Remove the log and the checkpoints of an earlier training of this name: `--resume` must not find them."""
+    (run / "log.jsonl").unlink(missing_ok=True)
+    for name in ("checkpoint", "checkpoint.old", "checkpoint.partial"):
+        shutil.rmtree(run / name, ignore_errors=True)
+
+
+def cut_log(run: Path, stages: tuple[str, ...], state: dict) -> None:
+    """Leave in log.jsonl what lies before the checkpoint: steps after it are done again, and a kill may leave half a line."""
+    reached, kept = (stages.index(state["stage"]), state["step"]), ""
+    for line in (run / "log.jsonl").read_text().splitlines(keepends=True) if (run / "log.jsonl").exists() else []:
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            break
+        if (stages.index(entry["stage"]), entry["step"]) >= reached:
+            break
+        kept += line
+    (run / "log.jsonl.partial").write_text(kept)
+    os.replace(run / "log.jsonl.partial", run / "log.jsonl")
 
 
 def find_checkpoint(run: Path) -> Path | None:

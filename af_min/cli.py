@@ -41,6 +41,13 @@ def parse(cls, argv: list[str] | None = None, description: str | None = None):
     return cls(**vars(parser.parse_args(argv)))
 
 
+def at_least(args, **limits: float) -> None:
+    """UserError for a number on the command line that is below its limit, or not a number."""
+    for name, limit in limits.items():
+        if not getattr(args, name) >= limit:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {limit} or more")
+
+
 def run(main) -> None:
     """Call `main()`; a UserError becomes one line and exit code 2, Ctrl-C exit code 130, a closed pipe silence."""
     try:

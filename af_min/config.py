@@ -169,6 +169,8 @@ def to_dict(config) -> dict:
 def from_dict(cls, values: dict, where: str = "config.json"):
     """The inverse of `to_dict`, nested dataclasses included. UserError names a key that `cls` does not have."""
     known = {f.name: f for f in dataclasses.fields(cls)}
+    if not isinstance(values, dict):
+        raise UserError(f"{where}: got {values!r}, expected settings of {cls.__name__}")
     unknown = sorted(set(values) - set(known))
     if unknown:
         raise UserError(f"{where}: unknown setting {unknown[0]!r}; {cls.__name__} has {', '.join(known)}")

@@ -33,7 +33,7 @@ def parse_data(specs: list[str]) -> list[tuple[Path, float]]:
     """`folder` or `folder:weight` -> (folder, weight). UserError for a folder without card.json or a bad weight."""
     parsed = []
     for spec in specs:
-        folder, _, weight = spec.rpartition(":") if spec.rpartition(":")[2].replace(".", "", 1).isdigit() else (spec, "", "1")
+        folder, _, weight = spec.rpartition(":") if spec.rpartition(":")[2].replace(".", "", 1).isdecimal() else (spec, "", "1")
         manifest.read_card(folder)
         if not float(weight) > 0:
             raise UserError(f"--data {spec}: the weight must be above 0")
