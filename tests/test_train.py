@@ -286,6 +286,23 @@ def test_mistakes_at_prepare_data_py(tmp_path, capsys, flags, says):
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "do not delete"
 
 
+def test_a_folder_of_recordings_becomes_a_data_set_that_trains(tmp_path, capsys):
+    """prepare_data.py --dataset folder, then train.py --stage sft on it."""
+    import numpy as np
+    import prepare_data
+    import soundfile
+    (tmp_path / "mine").mkdir()
+    names = [f"{kind}_{i}.wav" for kind in ("low", "high") for i in range(10)]
+    for i, name in enumerate(names):
+        wave = np.sin((300 if "low" in name else 2000) * (1 + i / 100) * np.arange(16_000) * 2 * np.pi / 16_000)
+        soundfile.write(tmp_path / "mine" / name, wave * 0.5, 16_000)
+    (tmp_path / "mine" / "answers.csv").write_text("file,answer\n" + "".join(f"{n},{n.split('_')[0]}\n" for n in names))
+    run_main(prepare_data, tmp_path, ["--dataset", "folder", "--source", "mine", "--sample-rate", 16_000, "--out", "data/mine"])
+    assert "20 recordings" in capsys.readouterr().out
+    train(tmp_path, "data/mine", "--stage", "sft", "--steps", 2, "--name", "mine")
+    assert len(log(tmp_path / "runs" / "mine")) == 2
+
+
 def test_the_real_command_line_answers_a_mistake_with_one_line(tmp_path):
     for script, flags in (("train.py", ["--data", "nowhere"]), ("prepare_data.py", ["--dataset", "scenes", "--out", __file__])):
         code, printed = spawn(tmp_path, ROOT / script, *flags)
