@@ -49,9 +49,10 @@ def micro_config(tokenizer):
 
 
 def shake(module: torch.nn.Module, seed: int = 0, scale: float = 0.15) -> torch.nn.Module:
-    """Random weights large enough that every branch, norm and gate matters."""
+    """Random weights, always the same, large enough that every branch, norm and gate matters."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
-            parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
+            middle = parameter.mean() if parameter.ndim < 2 else 0.0           # gains stay about 1, biases about 0, gates open
+            parameter.copy_(middle + scale * torch.randn(parameter.shape, generator=generator))
     return module.eval()

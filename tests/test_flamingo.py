@@ -83,11 +83,11 @@ def test_cached_generation_is_uncached_generation(model, counts):
     state = model.start(model.listen(windows, n_windows), 60)
     cached = [model.read(ids, state)]
     tokens = []
-    for token in model.generate(cached[0].clone(), state, END, PAD, 12, Sampling(temperature=1.0, seed=4)):
+    for token in model.generate(cached[0].clone(), state, -1, PAD, 12, Sampling(temperature=1.0, seed=4)):
         tokens.append(token)
     grown = torch.cat([ids, torch.stack(tokens, 1)], 1)
     expected = logits_of(model, grown, windows, n_windows)[:, ids.shape[1] - 1:]
-    assert len(tokens) >= 3
+    assert len(tokens) == 12
     draws = torch.Generator().manual_seed(4)
     for i, token in enumerate(tokens):             # each token is what the uncached logits give
         assert torch.equal(draw(expected[:, i].float(), Sampling(temperature=1.0, seed=4), draws), token)
