@@ -108,6 +108,16 @@ def test_options_are_listed_as_the_paper_lists_them():
     assert question("AQA", "what is it?")["prompt"] == "what is it?"
 
 
+def test_the_first_two_tokens_are_never_labels(tokenizer):
+    """OPT's own bos and the text's: what stands there is no answer, an </s> no more than anything else."""
+    for words_before in range(3):
+        writer = text.Writer(tokenizer)
+        for _ in range(words_before):
+            writer.special(tokenizer.audio_id)
+        writer.special(tokenizer.eos_id, supervised=True)
+        assert writer.labels[-1] == (tokenizer.eos_id if len(writer.ids) - 1 >= 2 else IGNORE)
+
+
 # ---------------------------------------------------------------------- the length limit
 
 def cut_by_hand(ids, labels, limit, tokenizer):
