@@ -209,13 +209,13 @@ class TextStage:
         self.model.encoder.eval()
 
     def parts(self, step: int):
-        places = self.mixture.batch(step)
-        total = sum(label != text.IGNORE for d, i in places for label in self.mixture.datasets[d].samples[i].labels[1:])
-        mine = places[self.world.rank::self.world.size]
-        for n in range(self.accumulate):
-            part = mine[n::self.accumulate]
-            if part:
-                yield lambda part=part: self.loss(part, total)
+        batch = self.mixture.batch(step)
+        total = sum(label != text.IGNORE for part in batch for d, i in part for label in self.mixture.datasets[d].samples[i].labels[1:])
+        for part in batch:
+            mine = part[self.world.rank::self.world.size]
+            for n in range(self.accumulate):
+                if places := mine[n::self.accumulate]:
+                    yield lambda places=places: self.loss(places, total)
 
     def loss(self, places, total: int) -> torch.Tensor:
         batch = self.mixture.collate(places, self.tokenizer.pad_id, self.width).to(self.world.device)

@@ -27,6 +27,10 @@ from .config import Config
 from .text import Tokenizer
 
 
+UMASK = os.umask(0o022)
+os.umask(UMASK)
+
+
 def write_json(path: Path, value) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(value, indent=2) + "\n")
@@ -45,6 +49,7 @@ def read_json(path: Path) -> dict:
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     partial = path.with_name(path.name + ".partial")
     save_file({name: t.detach().contiguous() for name, t in tensors.items()}, partial)
+    partial.chmod(0o666 & ~UMASK)                            # safetensors writes files that only their owner may read
     os.replace(partial, path)
 
 

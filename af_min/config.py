@@ -121,7 +121,7 @@ AF1 = Config()
 TINY = Config(
     audio=AudioConfig(sample_rate=16_000, window=0.8, hop=0.2, max_windows=24, n_fft=512, stft_hop=128, n_mels=32,
                       fmin=50.0, fmax=8_000.0, mel_sample_rate=16_000),
-    clap=ClapConfig(image_size=64, patch=4, width=32, depths=(1, 1, 1), heads=(2, 4, 8), attention_window=4, out_width=128,
+    clap=ClapConfig(image_size=64, patch=8, width=64, depths=(1, 1), heads=(4, 8), attention_window=4, out_width=128,
                     text_width=128, text_layers=2, text_heads=4),
     representation=RepresentationConfig(layers=2, heads=4, inner=256, max_audios=16),
     xattn=XattnConfig(heads=4, head_dim=32, ff_mult=4, gate_init=0.5, audio_index=True),

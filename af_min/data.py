@@ -1,8 +1,8 @@
 """Manifests -> weighted mixture -> batches. The order of training is a function of (seed, step) alone.
 
 Every data set is an endless stream: its rows in a new random order on each pass. A virtual epoch takes from each stream its
-share by weight, sorts what it took by length, cuts it into batches of similar length and shuffles those. Batch number `step` is
-therefore known without running the steps before it, and a resumed run sees what the interrupted one would have seen.
+share by weight, sorts what it took by length and cuts it into parts of similar length; a batch is a few parts drawn at random, so
+that little is padded and yet every gradient sees long and short samples. Batch number `step` is therefore known without running the steps before it, and a resumed run sees what the interrupted one would have seen.
 """
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from .cli import UserError
 from .store import Store
 from .text import IGNORE, Sample, Tokenizer, write_sample
 
-EPOCH_BATCHES = 32  # batches of a virtual epoch: enough to sort by length, few enough to mix
+PARTS = 4           # of a batch, each padded for itself
+EPOCH_BATCHES = 16  # batches of a virtual epoch: enough to sort by length, few enough to mix
 
 
 @dataclass
@@ -95,11 +96,11 @@ def collate(samples: list[tuple[Sample, Store | None]], pad_id: int, width: int,
 
 
 class Mixture:
-    """The weighted mixture of data sets: `batch(step)` is a list of (data set number, sample number)."""
+    """The weighted mixture of data sets: `batch(step)` is a list of parts, a part a list of (data set number, sample number)."""
 
     def __init__(self, datasets: list[Dataset], max_samples: int, max_tokens: int, seed: int):
         self.datasets, self.seed = datasets, seed
-        self.max_samples, self.max_tokens = max_samples, max_tokens
+        self.max_samples, self.max_tokens = -(-max_samples // PARTS), -(-max_tokens // PARTS)  # of a part
         sizes = [len(d.samples) for d in datasets]
         if not sum(sizes):
             raise UserError(f"nothing to train on in {', '.join(d.name for d in datasets)}: no row of this stage's kind")
@@ -108,7 +109,7 @@ class Mixture:
         mean = sum(d.weight / total * n.mean() for d, n in zip(datasets, self.lengths) if len(n))
         epoch = EPOCH_BATCHES * min(max_samples, max(1, int(max_tokens / mean)))
         self.takes = [max(1, round(epoch * d.weight / total)) if d.samples else 0 for d in datasets]
-        self._epochs: list[list[list[tuple[int, int]]]] = []
+        self._epochs: list[list[list[list[tuple[int, int]]]]] = []
 
     def _stream(self, d: int, first: int, count: int) -> list[int]:
         """Elements first .. first + count - 1 of data set d's endless stream."""
@@ -119,22 +120,23 @@ class Mixture:
             out += order[place:place + count - len(out)].tolist()
         return out
 
-    def epoch(self, number: int) -> list[list[tuple[int, int]]]:
+    def epoch(self, number: int) -> list[list[list[tuple[int, int]]]]:
         """The batches of one virtual epoch."""
         rng = np.random.default_rng([self.seed, 1 << 20, number])
         drawn = [(d, i) for d, take in enumerate(self.takes) for i in self._stream(d, number * take, take)]
         drawn = [drawn[i] for i in rng.permutation(len(drawn))]
         drawn.sort(key=lambda place: self.lengths[place[0]][place[1]])
-        batches, batch = [], []
+        parts, part = [], []
         for d, i in drawn:  # ascending length: the newcomer is the longest, all are padded to it
-            if batch and (len(batch) == self.max_samples or (len(batch) + 1) * self.lengths[d][i] > self.max_tokens):
-                batches.append(batch)
-                batch = []
-            batch.append((d, i))
-        batches.append(batch)
-        return [batches[i] for i in rng.permutation(len(batches))]
+            if part and (len(part) == self.max_samples or (len(part) + 1) * self.lengths[d][i] > self.max_tokens):
+                parts.append(part)
+                part = []
+            part.append((d, i))
+        parts.append(part)
+        parts = [parts[i] for i in rng.permutation(len(parts))]
+        return [parts[i:i + PARTS] for i in range(0, len(parts), PARTS)]
 
-    def batch(self, step: int) -> list[tuple[int, int]]:
+    def batch(self, step: int) -> list[list[tuple[int, int]]]:
         """The global batch of a step (0, 1, ...), the same on every process."""
         first = 0
         for number in range(step + 1):

@@ -98,6 +98,7 @@ class AudioFlamingo(nn.Module):
         windows_AWD: (A, W, D), the audios of sample 0, then of sample 1, ..., padded to W windows.
         n_windows_BN: (B, N) windows of each audio, 0 where a sample has fewer than N audios.
         """
+        windows_AWD = windows_AWD.to(self.lm.embed.weight.dtype)
         if self.config.pool_windows and len(windows_AWD):
             real = torch.arange(windows_AWD.shape[1], device=windows_AWD.device) < n_windows_BN[n_windows_BN > 0][:, None]
             windows_AWD = (windows_AWD * real[..., None]).sum(1, keepdim=True) / real.sum(1)[:, None, None]
@@ -173,7 +174,7 @@ class AudioFlamingo(nn.Module):
             if banned:
                 logits_BV[:, list(banned)] = float("-inf")
             token_B = torch.where(alive_B, draw(logits_BV, sampling, random), pad_id)
-            logits_BV = self.read(token_B[:, None], state, alive_B[:, None])
+            logits_BV = self.read(token_B[:, None], state, None if alive_B.all() else alive_B[:, None])
             yield token_B
             alive_B = alive_B & (token_B != stop_id)
             if not alive_B.any():

@@ -101,11 +101,11 @@ class Attention(nn.Module):
 
 
 class ShortConvolution(nn.Module):
-    """Causal and depthwise: y_t = x_t + sum_{i < n} w_i x_{t-i}, w = 0 at first. Not in the paper; `LMConfig.conv` says why."""
+    """Causal and depthwise: y_t = x_t + sum_{i < n} w_i x_{t-i}. Not in the paper; `LMConfig.conv` says why."""
 
     def __init__(self, width: int, taps: int):
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(taps, width))           # row i weighs what stands i tokens back
+        self.weight = nn.Parameter(0.5 * torch.randn(taps, width))     # row i weighs what stands i tokens back
 
     def forward(self, x_BTD: Tensor, layer: int, valid_BT: Tensor | None, cache: KVCache | None) -> Tensor:
         """valid_BT: False at padding, which counts as 0; with a cache the last tokens come from there and go there."""

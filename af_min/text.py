@@ -51,6 +51,7 @@ class Tokenizer:
         self.pad_id, self.bos_id, self.eos_id = (self.pieces.vocab_size() + i for i in range(3))
         self.audio_id, self.eoc_id, self.sep_id = (self.pieces.vocab_size() + i for i in range(3, 6))
         self.vocab_size = self.pieces.vocab_size() + 6
+        self.start_ids = [self.bos_id]                       # what every text begins with
 
     @classmethod
     def train(cls, lines: Iterable[str], vocab_size: int) -> "Tokenizer":
@@ -114,7 +115,8 @@ class Writer:
     """Puts a sequence together piece by piece; what is put in as an answer is supervised."""
 
     def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer, self.ids, self.labels = tokenizer, [tokenizer.bos_id], [IGNORE]
+        self.tokenizer, self.ids = tokenizer, list(tokenizer.start_ids)
+        self.labels = [IGNORE] * len(self.ids)
 
     def special(self, token: int, supervised: bool = False) -> None:
         self.ids.append(token)
