@@ -32,8 +32,6 @@ from af_min.flamingo import AudioFlamingo, Sampling, State
 from af_min.retrieval import Heard, Library, Place, hear
 from af_min.text import Sample, Tokenizer, write_sample
 
-PICTURES = (".png", ".pdf", ".svg")
-
 
 @dataclass(frozen=True)
 class Args:
@@ -89,7 +87,7 @@ def check(args: Args) -> None:
             need(not getattr(args, name), f"--chat and --{name} do not go together")
     if args.plot:
         need(len(args.audio) == 1, f"--plot draws one recording, got {len(args.audio)}")
-        need(Path(args.plot).suffix in PICTURES, f"--plot {args.plot}: the name must end with {', '.join(PICTURES)}")
+        need(Path(args.plot).suffix in (".png", ".pdf", ".svg"), f"--plot {args.plot}: the name must end with .png, .pdf or .svg")
         need(Path(args.plot).absolute().parent.is_dir(), f"--plot {args.plot}: there is no such folder")
     need(args.device != "cuda" or torch.cuda.is_available(), "--device cuda: no GPU is visible to torch; use --device cpu")
 
@@ -326,7 +324,6 @@ def main() -> None:
         from af_min import plots
         said = [token for token in answers[0] if token != tokenizer.eoc_id]
         plots.answer_picture(Path(args.plot), model, tokenizer, heard[0], samples[0].ids, said, state.audio)
-        note(f"drawn: {args.plot}")
 
 
 if __name__ == "__main__":
