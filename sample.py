@@ -279,9 +279,9 @@ def chat(model: AudioFlamingo, tokenizer: Tokenizer, heard: Heard, sampling: Sam
 def choose(model: AudioFlamingo, tokenizer: Tokenizer, state: State, logits_BV: torch.Tensor, options: list[str],
            files: list[str]) -> list[list[int]]:
     """Print every option with its probability, the likeliest first, and its share among the options; -> tokens of the likeliest."""
-    best = []
+    best, scores = [], score(model, tokenizer, state, logits_BV, options)
     print("probability   share  answer")
-    for file, logp in zip(files, score(model, tokenizer, state, logits_BV, options)):
+    for file, logp in zip(files, scores):
         if len(files) > 1:
             print(f"{file}:")
         for i in logp.argsort(descending=True).tolist():

@@ -76,6 +76,12 @@ def word_attention(model: AudioFlamingo, tokenizer: Tokenizer, prompt: list[int]
 
 # ---------------------------------------------------------------------- panels
 
+def plain(words: str, limit: int = 24) -> str:
+    """Words as a label: at most `limit` characters, no line breaks, a dollar sign is a dollar sign and no formula."""
+    words = " ".join(words.split())
+    return (words if len(words) <= limit else words[:limit - 1] + "…").replace("$", r"\$")
+
+
 def log_mel(model: AudioFlamingo, samples_S: np.ndarray) -> tuple[np.ndarray, float, np.ndarray]:
     """-> (F, M) in dB over the whole windows' span, its seconds, the frequency (M,) in Hz at which each mel bin is loudest."""
     c = model.config.audio
@@ -119,7 +125,7 @@ def draw_attention(axes, c: AudioConfig, spoken: list[str], share: np.ndarray, t
         edges = c.window / 2 + c.hop * (np.arange(count + 1) - 0.5)
     picture = axes.pcolormesh(edges, np.arange(len(spoken) + 1), share, cmap="cividis", vmin=0,
                               vmax=max(share.max(), 2 / count))      # looking everywhere alike is a middle tone
-    axes.set_yticks(np.arange(len(spoken)) + 0.5, spoken)
+    axes.set_yticks(np.arange(len(spoken)) + 0.5, map(plain, spoken), fontsize=10 if len(spoken) <= 20 else 6)
     axes.set_ylim(len(spoken), 0)
     axes.set_xlabel("time (s); a cell is one window, drawn at its middle")
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
@@ -178,7 +184,7 @@ def draw_mask(axes, tokenizer: Tokenizer, ids: list[int], n_windows: list[int], 
         axes.axvline(start - 0.5, color="white", linewidth=1.5)
     axes.set_yticks((ends[:-1] + ends[1:] - 1) / 2, [f"audio {n + 1}" for n in range(len(n_windows))])
     middles = [(a + b - 1) / 2 for a, b in zip([0, *starts], starts)]
-    axes.set_xticks(middles, ["task", *(f"text {n + 1}\n“{answer}”" for n, answer in enumerate(answers))])
+    axes.set_xticks(middles, ["task", *(f"text {n + 1}\n“{plain(answer, 16)}”" for n, answer in enumerate(answers))])
     axes.set(xlabel=f"{len(ids)} text tokens", ylabel=f"{sum(n_windows)} windows")
     axes.set_title("What a few-shot text may look at (blue): its own audio and all before it", loc="left", fontsize=11,
                    fontweight="bold")
@@ -203,7 +209,7 @@ def draw_answer(figure, grid, model: AudioFlamingo, tokenizer: Tokenizer, heard:
     """Log-mel of the recording asked about (the last audio of the prompt), its windows, and where each word looked."""
     c, count = model.config.audio, int(audio.n_windows_BN[0, audio.n_windows_BN[0] > 0][-1])
     top, strip, bottom = answer_axes(figure, grid)
-    draw_log_mel(top, model, heard, f"{Path(heard.path).name}: {heard.recording.seconds:.2f} s as log-mel")
+    draw_log_mel(top, model, heard, f"{plain(Path(heard.path).name, 50)}: {heard.recording.seconds:.2f} s as log-mel")
     draw_windows(strip, c, len(heard.windows_WD))
     spoken, share = word_attention(model, tokenizer, prompt, answer, audio) if answer else (["(nothing)"], np.zeros((1, count)))
     own = share[:, -count:]
@@ -268,7 +274,8 @@ def report(run: Path, model: AudioFlamingo, tokenizer: Tokenizer, folder: Path) 
         answer = [int(token) for token in tokens]
     draw_answer(figure, right, model, tokenizer, heard, sample.ids, [t for t in answer if t != tokenizer.eoc_id], sound)
     truth = row.get("answer") or row["answers"][0]
-    figure.suptitle(f"{Path(run).name}: asked “{row['prompt']}”, it says “{tokenizer.decode(answer)}” (true: “{truth}”)", fontsize=13)
+    asked, said, truth = (plain(words, 60) for words in (row["prompt"], tokenizer.decode(answer), truth))
+    figure.suptitle(f"{plain(Path(run).name)}: asked “{asked}”, it says “{said}” (true: “{truth}”)", fontsize=13)
     partial = Path(run) / ".report.partial.png"
     figure.savefig(partial, dpi=110)
     plt.close(figure)

@@ -93,6 +93,10 @@ def test_words_hold_every_token_once_and_whole_characters(tokenizer):
     assert sum((places for _, places in groups), []) == list(range(len(ids)))
 
 
+def test_labels_are_short_and_never_formulas():
+    assert plots.plain("a $x$\n b") == r"a \$x\$ b" and len(plots.plain("x" * 99)) == 24
+
+
 def test_the_mask_lets_text_see_its_own_audio_and_all_before_it():
     ids = [1, 9, 1, 1, 9, 1]                                         # 9 is <audio>; two windows, then one
     expected = np.array([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 1, 1]], bool)
