@@ -2,7 +2,8 @@
 
 Every data set is an endless stream: its rows in a new random order on each pass. A virtual epoch takes from each stream its
 share by weight, sorts what it took by length and cuts it into parts of similar length; a batch is a few parts drawn at random, so
-that little is padded and yet every gradient sees long and short samples. Batch number `step` is therefore known without running the steps before it, and a resumed run sees what the interrupted one would have seen.
+that little is padded and yet every gradient sees long and short samples. Batch number `step` is therefore known without running
+the steps before it, and a resumed run sees what the interrupted one would have seen.
 """
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from .cli import UserError
 from .store import Store
 from .text import IGNORE, Sample, Tokenizer, write_sample
 
-PARTS = 4           # of a batch, each padded for itself
+PARTS = 4           # of a batch that is large enough, each padded for itself
 EPOCH_BATCHES = 16  # batches of a virtual epoch: enough to sort by length, few enough to mix
 
 
@@ -100,7 +101,8 @@ class Mixture:
 
     def __init__(self, datasets: list[Dataset], max_samples: int, max_tokens: int, seed: int):
         self.datasets, self.seed = datasets, seed
-        self.max_samples, self.max_tokens = -(-max_samples // PARTS), -(-max_tokens // PARTS)  # of a part
+        self.parts = min(PARTS, max_samples)
+        self.max_samples, self.max_tokens = max_samples // self.parts, max_tokens // self.parts    # of a part
         sizes = [len(d.samples) for d in datasets]
         if not sum(sizes):
             raise UserError(f"nothing to train on in {', '.join(d.name for d in datasets)}: no row of this stage's kind")
@@ -134,7 +136,7 @@ class Mixture:
             part.append((d, i))
         parts.append(part)
         parts = [parts[i] for i in rng.permutation(len(parts))]
-        return [parts[i:i + PARTS] for i in range(0, len(parts), PARTS)]
+        return [parts[i:i + self.parts] for i in range(0, len(parts), self.parts)]
 
     def batch(self, step: int) -> list[list[tuple[int, int]]]:
         """The global batch of a step (0, 1, ...), the same on every process."""
