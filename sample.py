@@ -187,7 +187,7 @@ def score(model: AudioFlamingo, tokenizer: Tokenizer, state: State, logits_BV: t
         hidden_BTD = model.hidden(ids[:-1].expand(len(logits_BV), -1), state.audio, state=state)
         state.cache.length = start
         later_BTV = model.lm.logits(hidden_BTD).float().log_softmax(-1)
-        columns.append(first_BV[:, ids[0]] + later_BTV[:, torch.arange(len(ids) - 1), ids[1:]].sum(1))
+        columns.append(first_BV[:, ids[0]] + later_BTV[:, torch.arange(len(ids) - 1, device=ids.device), ids[1:]].sum(1))
     return torch.stack(columns, 1)
 
 
