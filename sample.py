@@ -9,7 +9,9 @@
     python sample.py --audio x.wav --plot out.png                         where the model looked for each word
 
 The run folder is all that it needs; only --shots also reads the data set that the run was trained on. Answers go to standard
-output, all else (warnings, shots, what was measured) to standard error.
+output, all else to standard error. With a `tiny` run on one CPU core the first takes 2 s, --shots 4 takes 4 s. Last lines:
+    drum then dog then drum
+    [first word after 0.04 s, 10 tokens at 270/s; 2.27 M parameters, cpu, 1 threads, torch 2.13.0+cpu]
 """
 from __future__ import annotations
 
@@ -73,20 +75,18 @@ def check(args: Args) -> None:
 
     need(bool(args.audio), "--audio is missing: name at least one recording")
     need(bool(args.prompt.strip()), "--prompt is empty: ask something")
-    for name, least in (("temperature", 0), ("top_k", 0), ("max_new", 1), ("shots", 0)):
-        value = getattr(args, name)
-        need(least <= value < math.inf, f"--{name.replace('_', '-')} {value}: expected {least} or more")
+    for name, value, least in (("temperature", args.temperature, 0), ("top-k", args.top_k, 0), ("max-new", args.max_new, 1),
+                               ("shots", args.shots, 0)):
+        need(least <= value < math.inf, f"--{name} {value}: expected {least} or more")
     need(0 < args.top_p <= 1, f"--top-p {args.top_p}: expected above 0 and at most 1")
     need(all(answer.strip() for _, answer in args.shot), "--shot FILE ANSWER: the answer is empty")
     need(not (args.shots and args.shot), "--shots chooses examples and --shot gives them: use one of the two")
     need(not args.options or len(set(args.choices)) == len(args.choices) >= 2,
          f"--options {args.options!r}: expected two or more different answers with commas between them")
-    if args.chat:
-        need(len(args.audio) == 1, f"--chat is about one recording, got {len(args.audio)}")
-        for name in ("options", "shots", "shot", "plot"):
-            need(not getattr(args, name), f"--chat and --{name} do not go together")
+    need(len(args.audio) == 1 or not (args.chat or args.plot), f"--chat and --plot take one recording, got {len(args.audio)}")
+    for name in ("options", "shots", "shot", "plot"):
+        need(not (args.chat and getattr(args, name)), f"--chat and --{name} do not go together")
     if args.plot:
-        need(len(args.audio) == 1, f"--plot draws one recording, got {len(args.audio)}")
         need(Path(args.plot).suffix in (".png", ".pdf", ".svg"), f"--plot {args.plot}: the name must end with .png, .pdf or .svg")
         need(Path(args.plot).absolute().parent.is_dir(), f"--plot {args.plot}: there is no such folder")
     need(args.device != "cuda" or torch.cuda.is_available(), "--device cuda: no GPU is visible to torch; use --device cpu")
@@ -305,8 +305,8 @@ def main() -> None:
     check(args)
     device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
     model, tokenizer = checkpoint.load_run(Path(args.run), device)
-    sampling, alone = Sampling(args.temperature, args.top_k, args.top_p, args.seed), len(args.audio) == 1
-    started = time.perf_counter()
+    started, alone = time.perf_counter(), len(args.audio) == 1
+    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
     heard = [hear_or_warn(model, file) for file in args.audio]
     if args.chat:
         return chat(model, tokenizer, heard[0], sampling, args.max_new)
