@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from .cli import UserError
 from .config import AudioConfig
 
-EXTENSIONS = (".wav", ".flac", ".ogg", ".mp3")
+EXTENSIONS = (".wav", ".flac", ".ogg", ".oga", ".mp3")
 MIN_SECONDS = 0.1          # shorter recordings hold nothing that a window could show
 SILENT_PEAK = 2.0 ** -16   # of full scale: half a step of a 16-bit file
 POWER_FLOOR = 1e-10        # -100 dB

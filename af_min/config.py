@@ -66,6 +66,8 @@ class RepresentationConfig:
     heads: int = 8
     inner: int = 2048
     max_audios: int = 8              # size of the position table: max_audios * max_windows rows
+    scale: float = 0.0               # of the embeddings beside their positions; 0: sqrt(D), as published, which at small D and few
+                                     # steps hides the order of the windows: tiny uses 1
     attend_padding: bool = False     # True = the published model: one sequence of all slots, padding and later audios included
 
 
@@ -119,11 +121,11 @@ class Config:
 AF1 = Config()
 
 TINY = Config(
-    audio=AudioConfig(sample_rate=16_000, window=0.8, hop=0.2, max_windows=24, n_fft=512, stft_hop=128, n_mels=32,
+    audio=AudioConfig(sample_rate=16_000, window=0.6, hop=0.15, max_windows=33, n_fft=512, stft_hop=128, n_mels=32,
                       fmin=50.0, fmax=8_000.0, mel_sample_rate=16_000),
-    clap=ClapConfig(image_size=64, patch=8, width=64, depths=(1, 1), heads=(4, 8), attention_window=4, out_width=128,
+    clap=ClapConfig(image_size=64, patch=8, width=64, depths=(1, 2), heads=(4, 8), attention_window=4, out_width=128,
                     text_width=128, text_layers=2, text_heads=4),
-    representation=RepresentationConfig(layers=2, heads=4, inner=256, max_audios=16),
+    representation=RepresentationConfig(layers=2, heads=4, inner=256, max_audios=16, scale=1.0),
     xattn=XattnConfig(heads=4, head_dim=32, ff_mult=2, gate_init=0.5, audio_index=True),
     lm=LMConfig(vocab_size=672, width=128, layers=4, heads=4, kv_heads=4, head_dim=32, inner=256, max_positions=512,
                 positions="rope", conv=3),
@@ -148,10 +150,10 @@ class StageConfig:
 
 STAGES = {
     "tiny": {
-        "clap": StageConfig(steps=550, lr=2e-3, warmup=40, batch=128, batch_tokens=1 << 20, decay=True, weight_decay=0.05),
-        "lm": StageConfig(steps=800, lr=2e-3, warmup=40, batch=256, batch_tokens=2560, decay=True, weight_decay=0.05),
-        "pretrain": StageConfig(steps=300, lr=2e-3, warmup=30, batch=256, batch_tokens=2560, decay=True, weight_decay=0.05),
-        "sft": StageConfig(steps=800, lr=2e-3, warmup=40, batch=256, batch_tokens=2560, decay=True, weight_decay=0.05),
+        "clap": StageConfig(steps=600, lr=2e-3, warmup=40, batch=128, batch_tokens=1 << 20, decay=True, weight_decay=0.05),
+        "lm": StageConfig(steps=700, lr=2e-3, warmup=40, batch=256, batch_tokens=2560, decay=True, weight_decay=0.05),
+        "pretrain": StageConfig(steps=400, lr=2e-3, warmup=30, batch=256, batch_tokens=2560, decay=True, weight_decay=0.05),
+        "sft": StageConfig(steps=1100, lr=2e-3, warmup=40, batch=256, batch_tokens=2560, decay=True, weight_decay=0.05),
     },
     "af1": {  # released settings: global batch 384, then 128; constant rate after 1875 steps
         "clap": StageConfig(steps=100_000, lr=1e-4, warmup=1875, batch=512, batch_tokens=1 << 30),

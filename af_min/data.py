@@ -44,10 +44,10 @@ def parse_data(specs: list[str]) -> list[tuple[Path, float]]:
 
 
 def rows_of(folder: Path, split: str, stage: str) -> list[dict]:
-    """The rows that a stage learns from: clap the window captions; lm, pretrain and sft the rest, pretrain without shots and turns."""
+    """The rows that a stage learns from: clap the window captions; lm, pretrain and sft the rest, pretrain without shots."""
     rows = [r for r in manifest.read_rows(folder / f"{split}.jsonl") if (r["task"] == "WindowText") == (stage == "clap")]
     if stage == "pretrain":
-        rows = [r for r in rows if "shots" not in r and "turns" not in r]
+        rows = [r for r in rows if "shots" not in r]
     return rows
 
 

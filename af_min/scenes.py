@@ -24,10 +24,10 @@ import soundfile
 from .synth import CLASSES, RATE, SOURCES, TRAIN_CLASSES, UNSEEN_CLASSES, Patch, describe, random_patch, render
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five")
-MAX_SECONDS = 5.2           # of a scene: 24 windows of 0.8 s, 0.2 s apart, reach 5.4 s
+MAX_SECONDS = 5.3           # of a scene: 33 windows of 0.6 s, 0.15 s apart, reach 5.4 s
 PITCH = {"low": 0.67, "high": 1.5}
-LENGTH = {"short": (0.22, 0.36), "long": (0.58, 0.8)}  # seconds
-WINDOW = 0.8                # seconds of a captioned window
+LENGTH = {"short": (0.2, 0.32), "long": (0.5, 0.7)}  # seconds
+WINDOW = 0.6                # seconds of a captioned window
 REAL_WORDS = {*NUMBERS, *SOURCES, *CLASSES, "before"}  # made of syllables too, but with a meaning: five, zero, tone
 
 
@@ -52,7 +52,7 @@ def compose(sounds: list[tuple[str, Patch]], rng: np.random.Generator) -> tuple[
             seconds = rng.uniform(*LENGTH[length])
             events.append(Event(name, describe(patch, PITCH[pitch]), pitch, length, at, at + seconds))
             pieces.append((patch, seconds, PITCH[pitch]))
-            at += seconds + rng.uniform(0.1, 0.35)
+            at += seconds + rng.uniform(0.2, 0.45)
         if events[-1].end + 0.1 <= MAX_SECONDS:
             break
     wave = np.zeros(round(max(at, 0.5) * RATE) + 1, np.float32)
@@ -178,6 +178,12 @@ def dialogue(events: list[Event], rng: np.random.Generator) -> list[dict]:
     return [{"user": q, "assistant": a} for q, a in turns[:4]]
 
 
+def interview(events: list[Event], rng: np.random.Generator, most: int = 7) -> list[dict]:
+    """A dialogue of independent questions: several answers to learn from for one recording heard."""
+    asked = [qa for task, (make, _) in QUESTIONS.items() if task != "AudioCaptioning" for qa in make(events, rng)]
+    return [{"user": asked[i][0], "assistant": asked[i][1]} for i in rng.permutation(len(asked))[:most]]
+
+
 # ---------------------------------------------------------------------- few-shot episodes
 
 def made_up_word(split: str, rng: np.random.Generator) -> str:
@@ -222,7 +228,7 @@ class Sizes:
     clips: int = 40         # of every class, in train (20 classes) and in test (26 classes)
     kinds: int = 150        # classes without a name, that few-shot training draws from too
     kind_clips: int = 8     # of each of those
-    episodes: int = 7000    # in train; test has 1050 of each kind
+    episodes: int = 3000    # in train; test has 1050 of each kind
     test_items: int = 1050  # of every question in test
 
 
@@ -257,6 +263,7 @@ def scene_rows(writer: Writer, split: str, index: int) -> list[dict]:
         rows += [{**head, "description": description(events), "task": task, "prompt": q, "answer": a} for q, a in asked]
     rows.append({**head, "description": description(events), "task": "Dialogue", "turns": dialogue(events, rng)})
     if split == "train":
+        rows += [{**rows[-1], "turns": interview(events, rng)} for _ in range(2)]
         rows += window_rows(head, events, 4, rng)
     return rows
 

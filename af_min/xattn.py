@@ -73,14 +73,14 @@ class GatedCrossAttention(nn.Module):
         """Audio tokens and the number (1, 2, ...) of the audio that each is of -> k, v (B, H, L, K)."""
         k, v = self.kv(audio_BLD).chunk(2, dim=-1)
         if self.index_k is not None:
-            k = k + self.index_k.to(k.dtype)[(number_BL - 1).clamp(0, len(self.index_k) - 1)]
+            k = k + F.embedding((number_BL - 1).clamp(0, len(self.index_k) - 1), self.index_k).to(k.dtype)
         return (rearrange(k, "b l (h k) -> b h l k", h=self.heads), rearrange(v, "b l (h k) -> b h l k", h=self.heads))
 
     def queries(self, x_BTD: torch.Tensor, number_BT: torch.Tensor) -> torch.Tensor:
         """Text states -> q (B, H, T, K)."""
         q = self.q(self.norm(x_BTD))
         if self.index_q is not None:
-            q = q + self.index_q.to(q.dtype)[(number_BT - 1).clamp(0, len(self.index_q) - 1)]
+            q = q + F.embedding((number_BT - 1).clamp(0, len(self.index_q) - 1), self.index_q).to(q.dtype)
         return rearrange(q, "b t (h k) -> b h t k", h=self.heads)
 
     def forward(self, x_BTD: torch.Tensor, k_BHLK: torch.Tensor, v_BHLK: torch.Tensor, kv_len_BT: torch.Tensor,
