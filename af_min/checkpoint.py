@@ -100,6 +100,10 @@ def load_run(run: Path, device="cpu", dtype: torch.dtype = torch.float32):
     if not (run / "model.safetensors").exists():
         raise UserError(f"{run}: no trained model there (model.safetensors is missing); run `python train.py` first, "
                         "or name its folder with --run")
+    if (run / "special_tokens.json").exists():               # converted from published weights, with a published vocabulary
+        from .pretrained import open_run
+        model, tokenizer = open_run(run)
+        return model.to(device), tokenizer
     config = load_config(run)
     model = AudioFlamingo(config).to(device, dtype)
     load_strictly(model, read_tensors(run / "model.safetensors", device), run / "model.safetensors")

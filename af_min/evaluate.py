@@ -200,6 +200,21 @@ def table(results: list[Score]) -> str:
     return "\n".join(lines)
 
 
+def transcript(answerer: Answerer, test: list[dict]) -> str:
+    """One dialogue, in which the model's own answers stand, and one few-shot episode, beside the right answers."""
+    row = next(r for r in test if r["task"] == "Dialogue" and len(r["turns"]) >= 3)
+    turns, lines = [], [f"A dialogue about {row['audio']} ({row['description']}):"]
+    for turn in row["turns"]:
+        answer = answerer.answer([{**row, "turns": [*turns, {**turn, "assistant": ""}]}])[0]
+        turns.append({"user": turn["user"], "assistant": answer or "?"})
+        lines.append(f"    {turn['user']:34s} {answer:12s} (right: {turn['assistant']})")
+    row = next(r for r in test if r["task"] == "FewShotUnseen")
+    lines.append("A few-shot episode, made-up words for sounds that no stage of training has heard:")
+    lines += [f"    {s['audio']:34s} {s['answer']}" for s in row["shots"]]
+    lines.append(f"    {row['audio']:34s} {answerer.answer([row])[0]:12s} (right: {row['answer']})")
+    return "\n".join(lines)
+
+
 def report(run: Path, folders, items: int = 0) -> list[Score]:
     """Score a run on the first data set's test split; print the table and write scores.json."""
     folder, started = Path(folders[0][0]), time.time()
@@ -209,12 +224,12 @@ def report(run: Path, folders, items: int = 0) -> list[Score]:
         raise UserError(f"{folder}: this table is of the embedded data set; prepare it with prepare_data.py --dataset scenes")
     store = Store(folder, model.encoder, model.config.audio, model.config.clap.out_width)
     store.add(data.recordings(test), lambda todo: tqdm(todo, "encoding test split", unit="rec", disable=not todo))
-    results = []
-    for score in tqdm(scores(Answerer(model, tokenizer, store), test, train, items), "scoring", unit="task", total=16):
-        results.append(score)
+    answerer = Answerer(model, tokenizer, store)
+    results = list(tqdm(scores(answerer, test, train, items), "scoring", unit="task", total=16))
     from . import plots  # matplotlib is slow to import, and only this function draws
     plots.report(Path(run), model, tokenizer, folder)
     print(table(results))
+    print(transcript(answerer, test))
     print(f"greedy decoding, {sum(s.items for s in results)} items, {time.time() - started:.0f} s")
     checkpoint.write_json(Path(run) / "scores.json", [vars(s) for s in results])
     return results

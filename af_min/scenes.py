@@ -5,6 +5,7 @@ texture is a scene of unnamed sounds that only the window encoder's training hea
 
     WindowText               captions of single windows, for `train.py --stage clap`
     AudioCaptioning, ...     questions about scenes (the table `QUESTIONS`)
+    Interview                several independent questions about one scene, as a dialogue (training only)
     Dialogue                 two to four turns, in which "it" is the sound named last
     FewShot                  clips named with made-up words: only the shots tell which word is which sound
 
@@ -263,7 +264,7 @@ def scene_rows(writer: Writer, split: str, index: int) -> list[dict]:
         rows += [{**head, "description": description(events), "task": task, "prompt": q, "answer": a} for q, a in asked]
     rows.append({**head, "description": description(events), "task": "Dialogue", "turns": dialogue(events, rng)})
     if split == "train":
-        rows += [{**rows[-1], "turns": interview(events, rng)} for _ in range(2)]
+        rows += [{**rows[-1], "task": "Interview", "turns": interview(events, rng)} for _ in range(2)]
         rows += window_rows(head, events, 4, rng)
     return rows
 

@@ -31,7 +31,7 @@ PREFIXES = {                         # the one table of task prefixes: training,
 }
 SAME_AS = {                          # tasks that are asked under another one's prefix
     **dict.fromkeys(("Presence", "Count", "CountOf", "After", "Before", "Pitch", "Length"), "AQA"),
-    **dict.fromkeys(("FewShotSeen", "FewShotUnseen", "Pool"), "FewShot"),
+    **dict.fromkeys(("FewShotSeen", "FewShotUnseen", "Pool"), "FewShot"), "Interview": "Dialogue",
 }
 SHOTS_PREFIX = "Here are similar examples. "
 ANSWER, USER, ASSISTANT = "\nAnswer:", "user: ", " \nassistant: "

@@ -250,4 +250,4 @@ def test_damaged_files_never_end_in_anything_but_an_audio_error(tmp_path):
 def test_config_of_the_windows():
     assert AF1.audio.max_seconds == 33.25 and AF1.audio.window_samples == 308_700 and AF1.audio.hop_samples == 77_175
     assert dataclasses.replace(AF1.audio, max_windows=1).max_seconds == 7
-    assert set(audio.EXTENSIONS) == {".wav", ".flac", ".ogg", ".mp3"}
+    assert set(audio.EXTENSIONS) == {".wav", ".flac", ".ogg", ".oga", ".mp3"}

@@ -163,7 +163,7 @@ def prepared(tmp_path):
 
 
 @pytest.mark.parametrize("stage, tasks", [("clap", ["WindowText"]), ("lm", ["AQA", "FewShot", "Dialogue", "Pool"]),
-                                          ("pretrain", ["AQA", "Pool"]), ("sft", ["AQA", "FewShot", "Dialogue", "Pool"])])
+                                          ("pretrain", ["AQA", "Dialogue", "Pool"]), ("sft", ["AQA", "FewShot", "Dialogue", "Pool"])])
 def test_every_stage_has_its_rows(prepared, stage, tasks):
     assert [row["task"] for row in rows_of(prepared, "train", stage)] == tasks
 
