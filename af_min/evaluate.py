@@ -1,6 +1,7 @@
-"""Scores of a run on the test split of the embedded data, each beside what can be had without listening.
+"""Scores of a run on a test split, each beside what can be had without listening.
 
-    python -m af_min.evaluate --run runs/tiny            the table of README, scores.json
+    python -m af_min.evaluate --run runs/tiny                            the table of README, scores.json
+    python -m af_min.evaluate --run runs/mine --dataset data/mine        exact answers of each task of any other data set
 
 Three columns beside the score say what it is worth. `chance`: uniform over the possible answers. `blind`: the best answer that
 ignores the audio, always the one that the training rows give most often to this question, and for few-shot one of the words in
@@ -192,6 +193,20 @@ def scores(answerer: Answerer, test: list[dict], train: list[dict], items: int =
                     accuracy(run(swapped(shot)), truths))
 
 
+def plain_scores(answerer: Answerer, test: list[dict], train: list[dict], items: int = 0) -> Iterator[Score]:
+    """Share of exact answers for every task of a data set that this file does not know more about."""
+    tasks = defaultdict(list)
+    for row in test:
+        if "turns" not in row and (not items or len(tasks[row["task"]]) < items):
+            tasks[row["task"]].append({"answer": row.get("answers", [""])[0], **row})
+    for task, rows in sorted(tasks.items()):
+        truths = [r.get("answers", [r["answer"]]) for r in rows]
+        options = len({r["answer"] for r in rows})
+        said, moved, blind = answerer.answer(rows), answerer.answer(swapped(rows)), blind_answers(rows, train)
+        right, wrong, guessed = (sum(map(metrics.exact, a, truths)) / len(rows) for a in (said, moved, blind))
+        yield Score(f"{task}: exact", len(rows), right, 1 / options if task == "AudioClassification" else None, guessed, wrong)
+
+
 def table(results: list[Score]) -> str:
     def cell(value):
         return "   -  " if value is None else f"{value:6.3f}"
@@ -220,16 +235,19 @@ def report(run: Path, folders, items: int = 0) -> list[Score]:
     folder, started = Path(folders[0][0]), time.time()
     model, tokenizer = checkpoint.load_run(run)
     test, train = (manifest.read_rows(folder / f"{split}.jsonl") for split in ("test", "train"))
-    if not any(row["task"] == "FewShotSeen" for row in test):
-        raise UserError(f"{folder}: this table is of the embedded data set; prepare it with prepare_data.py --dataset scenes")
+    if not test:
+        raise UserError(f"{folder}: its test split is empty; nothing to score (train.py --no-evaluate trains without scores)")
     store = Store(folder, model.encoder, model.config.audio, model.config.clap.out_width)
     store.add(data.recordings(test), lambda todo: tqdm(todo, "encoding test split", unit="rec", disable=not todo))
     answerer = Answerer(model, tokenizer, store)
-    results = list(tqdm(scores(answerer, test, train, items), "scoring", unit="task", total=16))
+    embedded = any(row["task"] == "FewShotSeen" for row in test)
+    measure = scores if embedded else plain_scores
+    results = list(tqdm(measure(answerer, test, train, items), "scoring", unit="task"))
     from . import plots  # matplotlib is slow to import, and only this function draws
     plots.report(Path(run), model, tokenizer, folder)
     print(table(results))
-    print(transcript(answerer, test))
+    if embedded:
+        print(transcript(answerer, test))
     print(f"greedy decoding, {sum(s.items for s in results)} items, {time.time() - started:.0f} s")
     checkpoint.write_json(Path(run) / "scores.json", [vars(s) for s in results])
     return results

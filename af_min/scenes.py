@@ -230,6 +230,7 @@ class Sizes:
     kinds: int = 150        # classes without a name, that few-shot training draws from too
     kind_clips: int = 8     # of each of those
     episodes: int = 3000    # in train; test has 1050 of each kind
+    examples: int = 1500    # training questions with examples before them
     test_items: int = 1050  # of every question in test
 
 
@@ -308,6 +309,20 @@ def make_clips(writer: Writer, split: str, classes: dict[str, Patch], count: int
     return clips
 
 
+def example_rows(rows: list[dict], count: int, rng: np.random.Generator) -> list[dict]:
+    """Questions about scenes with one to four other scenes, asked the same, before them: the form of `sample.py --shots`."""
+    groups = defaultdict(list)
+    for row in rows:
+        if row["task"] in ("AudioCaptioning", "Count"):
+            groups[row["task"]].append(row)
+    out = []
+    for number in range(count):
+        group = groups["Count" if number % 3 == 2 else "AudioCaptioning"]
+        *shots, row = (group[i] for i in rng.choice(len(group), int(rng.integers(2, 6)), replace=False))
+        out.append({**row, "shots": [{k: v for k, v in shot.items() if k != "task"} for shot in shots]})
+    return out
+
+
 def pool_rows(clips: dict[str, list[dict]], names: list[str], count: int, rng: np.random.Generator) -> list[dict]:
     """Queries with a pool of twelve named clips, one a class, to draw shots from: eleven of the twelve are distractors."""
     rows = []
@@ -329,6 +344,7 @@ def build(folder: Path, seed: int = 0, sizes: Sizes = Sizes(), progress=lambda r
         else:
             rows[split] += scene_rows(writer, split, index)
     clips = make_clips(writer, "train", TRAIN_CLASSES, sizes.clips)
+    rows["train"] += example_rows(rows["train"], sizes.examples, rng)
     kinds = {f"kind{i:03d}": random_patch(writer.rng("kind", i)) for i in range(sizes.kinds)}
     kind_clips = make_clips(writer, "train", kinds, sizes.kind_clips)
     for number in range(sizes.episodes):
