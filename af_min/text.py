@@ -11,7 +11,6 @@ Supervised are the tokens after each <SEP> through <|endofchunk|>, and </s>; nev
 from __future__ import annotations
 
 import io
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,9 +79,9 @@ class Tokenizer:
             raise UserError(f"{path}: not a sentencepiece model ({error}); every run folder holds its tokenizer.model") from None
 
     def save(self, path: Path) -> None:
-        with tempfile.NamedTemporaryFile(dir=Path(path).parent, delete=False) as file:
-            file.write(self.model)
-        Path(file.name).rename(path)
+        partial = Path(path).with_name(Path(path).name + ".partial")
+        partial.write_bytes(self.model)
+        partial.replace(path)
 
     def encode(self, text: str) -> list[int]:
         """A word at the beginning is the same token as after a space: an answer is spelt as in the prompt that names it."""

@@ -36,7 +36,7 @@ def told(row):
 
 # ---------------------------------------------------------------------- the same, always
 
-TINY_SIZES = Sizes(train=5, val=2, test=15, textures=3, clips=2, kinds=1, kind_clips=1, episodes=0, test_items=3)
+TINY_SIZES = Sizes(train=5, val=2, test=15, textures=3, clips=2, kinds=1, kind_clips=1, episodes=0, examples=0, test_items=3)
 
 
 def test_the_seed_decides_everything(tmp_path, scenes_data):
@@ -147,6 +147,17 @@ def test_answers_are_right(scenes_rows, split):
             check_answer(row["task"], row["prompt"], row["answer"], told(row))
             checked[row["task"]] += 1
     assert set(checked) == set(scenes.QUESTIONS)
+
+
+def test_examples_are_asked_the_same_as_their_question(scenes_rows):
+    """Rows with examples before them are scenes' own questions: the shots' answers are right, no recording stands twice."""
+    rows = [r for r in scenes_rows["train"] if "shots" in r and r["task"] in scenes.QUESTIONS]
+    for row in rows:
+        for part in parts(row):
+            assert part["prompt"] == row["prompt"]
+            check_answer(row["task"], part["prompt"], part["answer"], told(part))
+        assert len({p["audio"] for p in parts(row)}) == 1 + len(row["shots"])
+    assert len(rows) == 40 and {len(r["shots"]) for r in rows} == {1, 2, 3, 4}
 
 
 def test_interviews_are_right_and_training_only(scenes_rows):
