@@ -39,7 +39,10 @@ def main() -> None:
     cli.at_least(args, seed=0, sample_rate=1000)
     out = Path(args.out or f"data/{args.dataset}")
     if args.dataset == "scenes":
-        print(prepare_scenes(out, args.seed))
+        card = prepare_scenes(out, args.seed)
+        for split, facts in card["splits"].items():
+            print(f"{split}: {facts['rows']} rows: " + ", ".join(f"{task} {count}" for task, count in facts["tasks"].items()))
+        print(f"{out}: {card['hours']:.2f} h, {len(card['classes'])} classes, sha256 {card['sha256']}")
     elif not args.source:
         raise UserError("--dataset folder: --source is missing, the folder that holds your recordings")
     else:

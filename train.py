@@ -312,6 +312,8 @@ def main() -> None:
     cli.at_least(args, seed=0, steps=0, lr=0, batch=0, batch_tokens=0, accumulate=1, checkpoint_every=1)
     world = World.start()
     torch.use_deterministic_algorithms(True, warn_only=True)
+    if args.init and not (Path(args.init) / "model.safetensors").exists():
+        raise UserError(f"--init {args.init}: no trained model there (model.safetensors is missing)")
     prepare(args, world)
     folders, run = data.parse_data(args.data), Path("runs") / args.name
     stages = ALL_STAGES if args.stage == "all" else (args.stage,)
