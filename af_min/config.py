@@ -66,8 +66,8 @@ class RepresentationConfig:
     heads: int = 8
     inner: int = 2048
     max_audios: int = 8              # size of the position table: max_audios * max_windows rows
-    scale: float = 0.0               # of the embeddings beside their positions; 0: sqrt(D), as published, which at small D and few
-                                     # steps hides the order of the windows: tiny uses 1
+    scale: float = 0.0               # of the embeddings beside their positions; 0: sqrt(D), as published, which leaves positions
+                                     # 1/D of the power; tiny uses 1, to show the order of windows. Not measured apart
     attend_padding: bool = False     # True = the published model: one sequence of all slots, padding and later audios included
 
 
@@ -103,7 +103,7 @@ class LMConfig:
     tied_head: bool = True           # the published Audio Flamingo checkpoints untie it
     dropout: float = 0.0             # active in training mode only
     conv: int = 0                    # taps of a causal convolution before attention; 0 = none. Not in the paper: a small model
-                                     # learns to copy and to match ("A B ... A" -> B) many times sooner when a key knows its neighbour
+                                     # should learn to match ("A B ... A" -> B) sooner when a key knows its neighbour; not measured apart
 
 
 @dataclass(frozen=True)

@@ -185,7 +185,7 @@ class LM(nn.Module):
         At OPT's widths that is its standard deviation of 0.02; at a width of 128, 0.02 would start every layer near zero.
         Attention starts out copying: W_out is a multiple of W_v transposed, so that a head adds to a token what it attends to
         (W_v^T W_v is near a multiple of the identity), and in half of the heads W_k = W_q, so that a token attends to its like.
-        A tiny model then learns to repeat what it has read, and to match, 2.5 times sooner.
+        Both are there to let a tiny model repeat and match what it has read sooner.
         """
         std = self.config.width ** -0.5
         for name, module in self.named_modules():
