@@ -24,7 +24,7 @@ from . import checkpoint, cli, data, manifest, metrics
 from .cli import UserError, flag
 from .flamingo import AudioFlamingo
 from .store import Store
-from .text import Tokenizer, write_sample
+from .text import Tokenizer, unspeakable, write_sample
 
 MAX_NEW = 24          # tokens of an answer, at most
 BATCH_TOKENS = 16_000  # padded prompt tokens of one batch of generation
@@ -42,8 +42,7 @@ class Answerer:
 
     def __init__(self, model: AudioFlamingo, tokenizer: Tokenizer, store: Store):
         self.model, self.tokenizer, self.store = model, tokenizer, store
-        specials = range(tokenizer.pad_id, tokenizer.vocab_size)
-        self.banned = tuple(i for i in specials if i != tokenizer.eoc_id)
+        self.banned = tuple(unspeakable(tokenizer))
 
     @torch.no_grad()
     def batch(self, rows: list[dict]) -> list[str]:
