@@ -17,10 +17,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
-from . import checkpoint, cli, data, manifest, metrics
+from . import checkpoint, cli, data, manifest, metrics, retrieval
 from .cli import UserError, flag
 from .flamingo import AudioFlamingo
 from .store import Store
@@ -89,8 +90,8 @@ def dialogue_items(rows: list[dict], answerer: Answerer) -> Iterator[tuple[dict,
 
 def with_pool_shots(rows: list[dict], store: Store, how: str, shots: int = 4, seed: int = 0) -> list[dict]:
     """Rows with a pool -> rows with the `shots` pool recordings nearest to the query, nearest last, or as many at random."""
-    def vector(place):
-        return torch.nn.functional.normalize(torch.from_numpy(store[place].astype("float32")).mean(0), dim=0)
+    def vector(row):
+        return retrieval.pooled(store[row["audio"], row["start"]])
 
     out, rng = [], random.Random(seed)
     for row in rows:
@@ -98,8 +99,8 @@ def with_pool_shots(rows: list[dict], store: Store, how: str, shots: int = 4, se
         if how == "random":
             chosen = rng.sample(pool, shots)
         else:
-            near = torch.stack([vector((p["audio"], p["start"])) for p in pool]) @ vector((row["audio"], row["start"]))
-            chosen = [pool[i] for i in near.argsort()[-shots:].tolist()]
+            near = retrieval.nearest(vector(row), np.stack([vector(p) for p in pool]), shots)
+            chosen = [pool[i] for i in reversed(near)]
         out.append({**{k: v for k, v in row.items() if k != "pool"}, "shots": chosen})
     return out
 
