@@ -1,5 +1,6 @@
 """What the Triton kernels must give, on odd sizes and in three precisions. Runs on a GPU, or without one under
 TRITON_INTERPRET=1: tests/test_kernels.py starts it that way in a process of its own; elsewhere this file holds no tests."""
+import dataclasses
 import itertools
 import math
 import os
@@ -201,3 +202,52 @@ def test_block_is_the_same_on_both_backends(monkeypatch):
         found[backend] = [out, *torch.autograd.grad(out.square().sum(), list(block.parameters()))]
     for a, b in zip(found["triton"], found["reference"]):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def whole_model():
+    """A micro AudioFlamingo with a head width that has kernels, and four samples of three, two, one and no audios."""
+    from af_min.flamingo import AudioFlamingo
+    from conftest import shake
+    from micro import STILL
+    xattn = dataclasses.replace(STILL.xattn, head_dim=32, audio_index=True)
+    model = shake(AudioFlamingo(dataclasses.replace(STILL, xattn=xattn, audio_id=9)), scale=0.2).to(DEVICE)
+    n_windows = torch.tensor([[3, 12, 1], [5, 7, 0], [9, 0, 0], [0, 0, 0]])
+    ids = torch.randint(10, 400, (4, 21), generator=torch.Generator().manual_seed(1))
+    ids[0, [2, 8, 9]] = ids[1, [0, 11]] = ids[2, 5] = 9
+    windows = torch.randn(6, 12, STILL.clap.out_width, generator=torch.Generator().manual_seed(2))
+    return model, windows.to(DEVICE), n_windows.to(DEVICE), ids.to(DEVICE)
+
+
+def assert_same_model(found):
+    """Every tensor to 1e-5 of its largest value: float32, summed in another order. A bias of all keys alike changes no softmax."""
+    assert found["triton"].keys() == found["reference"].keys()
+    for name, want in found["reference"].items():
+        error, size = float((found["triton"][name] - want).abs().max()), float(want.abs().max())
+        assert error <= 1e-5 * size + 1e-8, f"{name}: error {error:.1e} of {size:.1e}"
+        assert size > 1e-6 or name.endswith("attention.k.bias"), f"{name}: nothing to compare, all 0"
+
+
+def test_whole_model_has_the_same_loss_and_gradients_on_both_backends(monkeypatch):
+    """AF_MIN_KERNELS=triton: the loss, and the gradient of every weight that learns, with several audios, one and none."""
+    model, windows, n_windows, ids = whole_model()
+    model.encoder.requires_grad_(False)
+    found = {}
+    for backend in ("reference", "triton"):
+        monkeypatch.setenv("AF_MIN_KERNELS", backend)
+        model.zero_grad()
+        loss = model(ids, ids, model.listen(windows, n_windows)).mean()
+        loss.backward()
+        found[backend] = {"loss": loss.detach()} | {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert_same_model(found)
+
+
+def test_decoding_token_by_token_is_the_same_on_both_backends(monkeypatch):
+    """A prompt in one piece, then single tokens, <audio> among them, through the one-token kernel."""
+    model, windows, n_windows, ids = whole_model()
+    found = {}
+    for backend in ("reference", "triton"):
+        monkeypatch.setenv("AF_MIN_KERNELS", backend)
+        state = model.start(model.listen(windows, n_windows), 21)
+        found[backend] = {"prompt": model.read(ids[:, :7], state)}
+        found[backend] |= {f"token {t}": model.read(ids[:, t:t + 1], state) for t in range(7, 21)}
+    assert_same_model(found)
