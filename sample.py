@@ -27,7 +27,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from af_min import checkpoint, cli, data, text
+from af_min import checkpoint, cli, text
+from af_min.answering import answer, read, score
 from af_min.audio import MIN_SECONDS
 from af_min.cli import UserError, flag
 from af_min.flamingo import AudioFlamingo, Sampling, State
@@ -141,55 +142,6 @@ def write_questions(args: Args, model: AudioFlamingo, tokenizer: Tokenizer, hear
 
 
 # ---------------------------------------------------------------------- answering
-
-@torch.no_grad()
-def read(model: AudioFlamingo, tokenizer: Tokenizer, samples: list[Sample], embeddings: dict[Place, np.ndarray],
-         room: int | None = None) -> tuple[State, torch.Tensor]:
-    """Listen to all audios and read all prompts, as one batch padded on the left -> state, logits (B, V) of the first token.
-
-    room: tokens that may follow, at most (None: as many as the model can hold). UserError if the prompt fills the model.
-    """
-    batch = data.collate([(sample, embeddings) for sample in samples], tokenizer.pad_id, model.config.clap.out_width, left=True)
-    batch = batch.to(next(model.parameters()).device)
-    length, limit = batch.ids_BT.shape[1], model.config.lm.max_positions
-    if length >= limit:
-        raise UserError(f"the question is {length} tokens long, shots included; this model holds {limit}: shorten it, or fewer shots")
-    state = model.start(model.listen(batch.windows_AWD, batch.n_windows_BN), limit if room is None else min(limit, length + room))
-    return state, model.read(batch.ids_BT, state, None if batch.mask_BT.all() else batch.mask_BT)
-
-
-def answer(model: AudioFlamingo, tokenizer: Tokenizer, state: State, logits_BV: torch.Tensor, sampling: Sampling, max_new: int,
-           told: Callable[[int], None] = lambda token: None) -> list[list[int]]:
-    """Tokens of each row's answer, <|endofchunk|> last where it was reached; `told` is told those of row 0 at once."""
-    max_new = min(max_new, state.cache.max_length - state.cache.length)
-    answers: list[list[int]] = [[] for _ in logits_BV]
-    for token_B in model.generate(logits_BV, state, tokenizer.eoc_id, tokenizer.pad_id, max_new, sampling,
-                                  text.unspeakable(tokenizer)):
-        for row, (tokens, token) in enumerate(zip(answers, token_B.tolist())):
-            if tokens[-1:] != [tokenizer.eoc_id]:
-                tokens.append(token)
-                if row == 0:
-                    told(token)
-    return answers
-
-
-@torch.no_grad()
-def score(model: AudioFlamingo, tokenizer: Tokenizer, state: State, logits_BV: torch.Tensor, options: list[str]) -> torch.Tensor:
-    """log p(option <|endofchunk|> | audio, prompt) of every option, (B, options): the sum over its tokens.
-
-    Each option is read behind the same cached prompt and then forgotten again. UserError if one does not fit.
-    """
-    first_BV, start, columns = logits_BV.log_softmax(-1), state.cache.length, []
-    for option in options:
-        ids = torch.tensor(tokenizer.encode(option) + [tokenizer.eoc_id], device=logits_BV.device)
-        if start + len(ids) > state.cache.max_length:
-            raise UserError(f"--options: {option[:40]!r} does not fit behind the question: {state.cache.max_length} tokens at most")
-        hidden_BTD = model.hidden(ids[:-1].expand(len(logits_BV), -1), state.audio, state=state)
-        state.cache.length = start
-        later_BTV = model.lm.logits(hidden_BTD).float().log_softmax(-1)
-        columns.append(first_BV[:, ids[0]] + later_BTV[:, torch.arange(len(ids) - 1, device=ids.device), ids[1:]].sum(1))
-    return torch.stack(columns, 1)
-
 
 class Printer:
     """Tokens one at a time -> text as soon as it is certain: half a multi-byte character waits for its other half."""

@@ -22,13 +22,9 @@ import torch
 from tqdm import tqdm
 
 from . import checkpoint, cli, data, manifest, metrics, retrieval
+from .answering import Answerer
 from .cli import UserError, flag
-from .flamingo import AudioFlamingo
 from .store import Store
-from .text import Tokenizer, unspeakable, write_sample
-
-MAX_NEW = 24          # tokens of an answer, at most
-BATCH_TOKENS = 16_000  # padded prompt tokens of one batch of generation
 
 
 @dataclass(frozen=True)
@@ -36,41 +32,6 @@ class Args:
     run: str = flag("runs/tiny", "run folder")
     dataset: str = flag("data/scenes", "prepared data set, whose test split is scored")
     items: int = flag(0, "score only so many items of each task (0: all)")
-
-
-class Answerer:
-    """A model with its tokenizer and the store of a data set's embeddings: rows in, answers out."""
-
-    def __init__(self, model: AudioFlamingo, tokenizer: Tokenizer, store: Store):
-        self.model, self.tokenizer, self.store = model, tokenizer, store
-        self.banned = tuple(unspeakable(tokenizer))
-
-    @torch.no_grad()
-    def batch(self, rows: list[dict]) -> list[str]:
-        """Greedy answers to rows that end with their question (write_sample with complete=False), as one left-padded batch."""
-        t = self.tokenizer
-        samples = [(write_sample(t, row, complete=False), self.store) for row in rows]
-        b = data.collate(samples, t.pad_id, self.model.config.clap.out_width, left=True).to(self.model.lm.embed.weight.device)
-        state = self.model.start(self.model.listen(b.windows_AWD, b.n_windows_BN), b.ids_BT.shape[1] + MAX_NEW)
-        logits = self.model.read(b.ids_BT, state, b.mask_BT)
-        tokens = torch.stack(list(self.model.generate(logits, state, t.eoc_id, t.pad_id, MAX_NEW, banned=self.banned)), 1)
-        return [t.decode(ids) for ids in tokens.tolist()]
-
-    def answer(self, rows: list[dict], progress=lambda batches: batches) -> list[str]:
-        """Answers in the order of `rows`; batches are made of rows of similar length."""
-        lengths = [len(write_sample(self.tokenizer, row, complete=False).ids) for row in rows]
-        order = sorted(range(len(rows)), key=lengths.__getitem__)
-        batches, batch = [], []
-        for i in order:
-            if batch and (len(batch) + 1) * lengths[i] > BATCH_TOKENS:
-                batches.append(batch)
-                batch = []
-            batch.append(i)
-        answers = [""] * len(rows)
-        for batch in progress([*batches, batch] if batch else batches):
-            for i, answer in zip(batch, self.batch([rows[i] for i in batch])):
-                answers[i] = answer
-        return answers
 
 
 # ---------------------------------------------------------------------- items
