@@ -7,7 +7,8 @@ A row is a JSON object. `audio` is a path inside the data set, `start` the secon
     {"audio": "audio/x.flac", "start": 0.0, "task": "AudioCaptioning", "prompt": "...", "answer": "..."}
 
 Instead of `answer` it may have `answers` (several references, all right) or, without `prompt`, a dialogue in `turns`
-([{"user": "...", "assistant": "..."}, ...]). `shots` names other rows by number. Further fields pass through untouched;
+([{"user": "...", "assistant": "..."}, ...]). `shots` holds other rows, as
+examples before the question (retrieval.py writes them). Further fields pass through untouched;
 `seconds` (length of the sample) is added up into the card's hours.
 """
 from __future__ import annotations
@@ -33,7 +34,7 @@ def write_rows(path, rows: Iterable[dict]) -> int:
     partial = path.with_name(path.name + ".partial")
     with open(partial, "w", encoding="utf-8", newline="\n") as file:
         for count, row in enumerate(rows, 1):
-            _check(row, f"{path}:{count}")
+            check_row(row, f"{path}:{count}")
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     os.replace(partial, path)
     return count
@@ -59,12 +60,12 @@ def _row(line: str, where: str) -> dict:
         row = json.loads(line)
     except (json.JSONDecodeError, RecursionError):
         raise UserError(f"{where}: not a JSON object: {line.strip()[:60]!r}") from None
-    _check(row, where)
+    check_row(row, where)
     return {**row, "start": float(row.get("start", 0.0))}
 
 
-def _check(row, where: str) -> None:
-    """Every rule of the format. UserError: `where: field: expected ..., got ...`."""
+def check_row(row, where: str) -> None:
+    """Every rule of the format for one row. UserError: `where: field: expected ..., got ...`."""
     def need(good: bool, name: str, expected: str):
         if not good:
             got = repr(row.get(name, "nothing"))[:60] if isinstance(row, dict) else repr(row)[:60]
@@ -95,7 +96,7 @@ def _check(row, where: str) -> None:
         answers = row["answers"] if forms == ["answers"] else [row["answer"]]
         need(isinstance(answers, list) and answers and all(map(text, answers)), forms[0],
              "text" if forms == ["answer"] else "a list of texts")
-    need(isinstance(row.get("shots", []), list), "shots", "a list of row numbers")
+    need(isinstance(row.get("shots", []), list), "shots", "a list of rows")
 
 
 @contextlib.contextmanager
@@ -149,11 +150,11 @@ def read_card(folder) -> dict:
 
 
 def dataset_hash(folder) -> str:
-    """sha256 over (name, size, bytes) of every file but card.json, in the order of their names."""
+    """sha256 over (name, size, bytes) of every file but card.json and the embeddings, in the order of their names."""
     folder, digest = Path(folder), hashlib.sha256()
     files = sorted((path.relative_to(folder).as_posix(), path) for path in folder.rglob("*") if path.is_file())
     for name, path in files:
-        if name not in (CARD, CARD + ".partial"):
+        if name not in (CARD, CARD + ".partial") and not name.startswith("embeddings/"):
             digest.update(f"{name}\0{path.stat().st_size}\0".encode())
             with open(path, "rb") as file:
                 while block := file.read(1 << 20):

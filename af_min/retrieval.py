@@ -1,27 +1,49 @@
 """Nearest recordings: which examples to show before a question (paper section 4: few-shot samples by nearest audio embedding).
 
+    python -m af_min.retrieval --run runs/tiny --data data/mine --shots 4        interleaved rows for the train split
+
 A recording's vector is the mean of its window embeddings at length 1; two recordings are as near as their vectors' cosine:
 
     v = m / |m|,   m = (1/W) sum_w e_w            nearest(x) = the k recordings with the largest v . v_x, never x itself
 
-"Itself" goes by content (the hash of the file's bytes and of where listening starts): a copy under another name is no example.
+"Itself" goes by content (the hash of the file's bytes): neither a copy under another name nor another cut of the same file is an
+example. Examples come from the train split alone.
+
+The command gives every training row with one answer 1 to J examples of its task, nearest last, and writes the result as further rows
+of train.jsonl ("shots", and "retrieved": nearest or random); those of an earlier call are replaced. With --device cuda, or up
+to FAISS_ABOVE recordings, the search is exact; beyond that, on a CPU, with faiss-cpu installed, it is an inverted file (IVF),
+which looks at a part of the vectors (tests/bench_retrieval.py measures both).
 """
 from __future__ import annotations
 
+import importlib.util
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
-from . import audio, data
-from .cli import UserError
+from . import audio, checkpoint, cli, data, manifest
+from .cli import UserError, flag
 from .flamingo import AudioFlamingo
-from .store import Store, recording_key
+from .store import Place, Store, content, recording_key
 from .text import SAME_AS
 
-Place = tuple[str, float]                  # file, second at which listening starts
+FAISS_ABOVE = 100_000                      # queries and vectors, beyond which the exact search of all for all takes over 4 minutes
+
+
+@dataclass(frozen=True)
+class Args:
+    run: str = flag("runs/tiny", "run folder whose encoder says what is near")
+    data: str = flag("data/scenes", "prepared data set; its train.jsonl gets the new rows")
+    shots: int = flag(4, "examples of a row, at most; their number is drawn between 1 and this")
+    shots_from: list[str] = flag(["nearest", "random"], "one new row for each of these", choices=("nearest", "random"), nargs="+")
+    rows: int = flag(0, "draw only so many training rows (0: all)")
+    seed: int = flag(0, "seed of what is drawn")
+    device: str = flag("cpu", "where to search: cpu or cuda", choices=("cpu", "cuda"))
 
 
 @dataclass(frozen=True)
@@ -42,22 +64,61 @@ def hear(model: AudioFlamingo, path, start: float = 0.0) -> Heard:
     return Heard(str(path), recording_key(path, start), recording, windows_WD)
 
 
+# ---------------------------------------------------------------------- search
+
 def pooled(windows_WD: np.ndarray) -> np.ndarray:
     """Window embeddings (W, D) -> one vector (D,) float32 of length 1."""
     mean_D = np.asarray(windows_WD, np.float32).mean(0)
     return mean_D / max(np.linalg.norm(mean_D), 1e-12)
 
 
-def nearest(query_D: np.ndarray, vectors_ND: np.ndarray, k: int, chunk: int = 1 << 16) -> np.ndarray:
-    """Rows of the k largest dot products with the query, largest first, equal ones in their order; exact. (min(k, N),) int64.
+def nearest(queries: np.ndarray, vectors_ND: np.ndarray, k: int, chunk: int = 1 << 16, device: str = "cpu") -> np.ndarray:
+    """Rows of the k largest dot products, largest first, equal ones in their order; exact. (D,) -> (k,), (Q, D) -> (Q, k); int64.
 
-    The product is made `chunk` rows at a time: vectors_ND may be a float16 file in memory-mapping.
+    min(k, N) if there are fewer. Products are made `chunk` vectors and 256 queries at a time: vectors_ND may be a float16 file
+    in memory-mapping, and no (Q, N) matrix is ever held.
     """
-    cosine_N = np.zeros(len(vectors_ND), np.float32)
-    for first in range(0, len(vectors_ND), chunk):
-        cosine_N[first:first + chunk] = np.asarray(vectors_ND[first:first + chunk], np.float32) @ np.asarray(query_D, np.float32)
-    return np.argsort(-cosine_N, kind="stable")[:k]
+    if queries.ndim == 1:
+        return nearest(queries[None], vectors_ND, k, chunk, device)[0]
+    k, found = min(k, len(vectors_ND)), []
+    for start in range(0, len(queries), 256):
+        part_QD = torch.as_tensor(np.array(queries[start:start + 256], np.float32), device=device)
+        query, row, dot = np.zeros(0, int), np.zeros(0, int), np.zeros(0, np.float32)
+        for first in range(0, len(vectors_ND), chunk):
+            dot_QC = part_QD @ torch.as_tensor(np.array(vectors_ND[first:first + chunk]), device=device).float().T
+            least_Q1 = dot_QC.topk(min(k, dot_QC.shape[1])).values[:, -1:]
+            q, c = (dot_QC >= least_Q1).nonzero(as_tuple=True)               # k of each query, more if the last ones are equal
+            query, row = np.append(query, q.cpu().numpy()), np.append(row, c.cpu().numpy() + first)
+            dot = np.append(dot, dot_QC[q, c].cpu().numpy())
+            order = np.lexsort((row, -dot, query))
+            rank = np.arange(len(order)) - np.searchsorted(query[order], query[order])
+            query, row, dot = query[order][rank < k], row[order][rank < k], dot[order][rank < k]
+        found.append(row.reshape(len(part_QD), k))
+    return np.concatenate(found) if found else np.zeros((0, k), np.int64)
 
+
+def inverted_file(vectors_ND: np.ndarray, probes: int = 32, chunk: int = 1 << 16):
+    """A FAISS index: vectors in 4 sqrt(N) cells around k-means centres, as float16; a search looks into the `probes` nearest cells."""
+    import faiss
+    count, width = vectors_ND.shape
+    cells = round(4 * count ** 0.5)
+    index = faiss.index_factory(width, f"IVF{cells},SQfp16", faiss.METRIC_INNER_PRODUCT)
+    rng = np.random.default_rng(0)
+    index.train(np.array(vectors_ND[np.sort(rng.choice(count, min(count, 40 * cells), replace=False))], np.float32))
+    for first in range(0, count, chunk):
+        index.add(np.array(vectors_ND[first:first + chunk], np.float32))
+    index.nprobe = probes
+    return index
+
+
+def neighbours(queries_QD: np.ndarray, vectors_ND: np.ndarray, k: int, device: str = "cpu") -> np.ndarray:
+    """`nearest`, or FAISS where that pays; (Q, k), -1 where the inverted file found fewer."""
+    if device == "cpu" and min(len(queries_QD), len(vectors_ND)) > FAISS_ABOVE and importlib.util.find_spec("faiss"):
+        return inverted_file(vectors_ND).search(np.array(queries_QD, np.float32), k)[1]
+    return nearest(queries_QD, vectors_ND, k, device=device)
+
+
+# ---------------------------------------------------------------------- examples
 
 def answers_task(row: dict, task: str) -> bool:
     """Whether a row can be a shot of the task: of that name, or asked under its prefix (Count is an AQA), with one answer."""
@@ -67,51 +128,103 @@ def answers_task(row: dict, task: str) -> bool:
 class Library:
     """Training rows of one task from prepared data sets: the examples that questions can be given."""
 
-    def __init__(self, model: AudioFlamingo, specs: list[str], task: str, progress: Callable = lambda items: items):
+    def __init__(self, model: AudioFlamingo, specs: list[str], task: str, progress: Callable = lambda items: items,
+                 stores: dict[Path, Store] | None = None, device: str = "cpu"):
         """specs: `folder` or `folder:weight`, as train.py takes them. Recordings that were never encoded are now.
 
-        UserError: no data set there, or none of its training rows is of the task.
+        stores: those that several libraries share. UserError: no data set there, or none of its training rows is of the task.
         """
         self.rows: dict[Place, list[dict]] = {}
         self.windows: dict[Place, np.ndarray] = {}
         self.stored: list[tuple[Store, Place]] = []        # of recording n
-        known: set[str] = set()
+        self.device, stores, known = device, {} if stores is None else stores, set()
         for folder, _ in data.parse_data(specs):
             rows = data.rows_of(folder, "train", "sft")
             known |= {row["task"] for row in rows if "turns" not in row}
-            rows = [row for row in rows if answers_task(row, task)]
-            store = Store(folder, model.encoder, model.config.audio, model.config.clap.out_width)
+            rows = [row for row in rows if answers_task(row, task) and "retrieved" not in row]
+            if folder not in stores:
+                stores[folder] = Store(folder, model.encoder, model.config.audio, model.config.clap.out_width)
             own = {(row["audio"], row["start"]) for row in rows}
-            store.add(own, progress)
-            self.stored += [(store, place) for place in sorted(own)]
+            stores[folder].add(own, progress)
+            self.stored += [(stores[folder], place) for place in sorted(own)]
             for row in rows:
-                file = str(folder / row["audio"])
-                self.rows.setdefault((file, row["start"]), []).append(
-                    {"audio": file, "start": row["start"], "prompt": row["prompt"], "answer": row.get("answer") or row["answers"][0]})
+                shot = {name: row[name] for name in ("start", "prompt", "description") if name in row}
+                shot |= {"audio": str(folder / row["audio"]), "answer": row.get("answer") or row["answers"][0]}
+                self.rows.setdefault((shot["audio"], row["start"]), []).append(shot)
         if not self.rows:
             raise UserError(f"--shots: no training row of {', '.join(specs)} is of the task {task}; --task can be "
                             f"{', '.join(sorted(known)) or 'nothing there'}")
         self.places = [(str(store.folder / file), start) for store, (file, start) in self.stored]
-        self.vectors_ND = np.stack([pooled(store[place]) for store, place in self.stored])
+        self.contents = [content(store.keys[place]) for store, place in self.stored]
+        self.vectors_ND = np.stack([pooled(store[place]) for store, place in self.stored]).astype(np.float16)
 
-    def shots(self, heard: Heard, k: int, choice: str, prompt: str, seed: int = 0) -> list[dict]:
-        """k rows as shots for a recording, the nearest last, beside the question (or k at random by seed and content).
+    def choose(self, keys: list[str], vectors_QD: np.ndarray, k: int, choice: str, seed: int = 0) -> list[list[int]]:
+        """For recordings with these keys and pooled vectors the numbers of k others each: the nearest first, or drawn by seed and key.
 
-        Of several questions about one recording the one that is asked like `prompt` is taken, else the first.
         UserError if there are fewer than k other recordings.
         """
-        same = {n for n, (store, place) in enumerate(self.stored) if store.places[place] == store.index.get(heard.key)}
-        if len(self.stored) - len(same) < k:
-            raise UserError(f"--shots {k}: there are only {len(self.stored) - len(same)} other recordings of this task")
+        copies = Counter(self.contents)
+        most = max((copies[content(key)] for key in keys), default=0)
+        if len(self.stored) - most < k:
+            raise UserError(f"--shots {k}: there are only {len(self.stored) - most} other recordings of this task")
         if choice == "nearest":
-            order = nearest(pooled(heard.windows_WD), self.vectors_ND, k + len(same))
+            order = neighbours(vectors_QD, self.vectors_ND, k + most, self.device)
         else:
-            order = np.random.default_rng([seed, int(heard.key, 16)]).permutation(len(self.stored))
-        chosen = [int(n) for n in order if n not in same][:k]
-        shots = []
-        for n in reversed(chosen):
-            store, place = self.stored[n]
-            self.windows[self.places[n]] = store[place]
-            rows = self.rows[self.places[n]]
-            shots.append(next((row for row in rows if row["prompt"].lower() == prompt.lower()), rows[0]))
-        return shots
+            order = [np.random.default_rng([seed, *key.encode()]).choice(len(self.stored), k + most, replace=False) for key in keys]
+        return [[int(n) for n in row if n >= 0 and self.contents[n] != content(key)][:k] for key, row in zip(keys, order)]
+
+    def example(self, n: int, prompt: str) -> dict:
+        """Recording n as a shot: the row that is asked like `prompt`, else its first; its embedding stands in `windows`."""
+        store, place = self.stored[n]
+        self.windows[self.places[n]] = store[place]
+        rows = self.rows[self.places[n]]
+        return next((row for row in rows if row["prompt"].lower() == prompt.lower()), rows[0])
+
+    def shots(self, heard: Heard, k: int, choice: str, prompt: str, seed: int = 0) -> list[dict]:
+        """k rows as shots for a recording, the nearest last, beside the question (or k at random by seed and content)."""
+        chosen = self.choose([heard.key], pooled(heard.windows_WD)[None], k, choice, seed)[0]
+        return [self.example(n, prompt) for n in reversed(chosen)]
+
+
+# ---------------------------------------------------------------------- interleaved rows
+
+def interleaved(model: AudioFlamingo, rows: list[dict], args: Args, progress: Callable = lambda items: items) -> list[dict]:
+    """Each of the rows with 1 to args.shots examples before it, once for each of args.shots_from."""
+    rng, stores, out = np.random.default_rng(args.seed), {}, []
+    for task in sorted({row["task"] for row in rows}):
+        library = Library(model, [args.data], task, progress, stores, args.device)
+        store, = stores.values()
+        group = [row for row in rows if row["task"] == task]
+        places = sorted({(row["audio"], row["start"]) for row in group})
+        keys, vectors_QD = [store.keys[p] for p in places], np.stack([pooled(store[p]) for p in places])
+        for choice in args.shots_from:
+            chosen = dict(zip(places, library.choose(keys, vectors_QD, args.shots, choice, args.seed)))
+            for row in group:
+                numbers = chosen[row["audio"], row["start"]][:int(rng.integers(1, args.shots + 1))]
+                shots = [{**library.example(n, row["prompt"]), "audio": library.stored[n][1][0]} for n in reversed(numbers)]
+                out.append({**row, "shots": shots, "retrieved": choice})
+    return out
+
+
+def main() -> None:
+    args = cli.parse(Args, description=__doc__)
+    cli.at_least(args, shots=1, rows=0, seed=0)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: no GPU is visible to torch; use --device cpu")
+    folder, card = Path(args.data), manifest.read_card(args.data)
+    model, _ = checkpoint.load_run(Path(args.run), args.device)
+    if args.shots >= model.config.representation.max_audios:
+        raise UserError(f"--shots {args.shots}: this model takes {model.config.representation.max_audios} audios, the question's included")
+    kept = [row for row in manifest.read_rows(folder / "train.jsonl") if "retrieved" not in row]
+    rows = [row for row in kept if row["task"] != "WindowText" and not {"turns", "shots", "pool"} & set(row)]
+    if args.rows:
+        rows = [rows[i] for i in np.sort(np.random.default_rng(args.seed).permutation(len(rows))[:args.rows])]
+    new = interleaved(model, rows, args, lambda todo: tqdm(todo, "encoding", unit="rec", disable=not todo))
+    manifest.write_rows(folder / "train.jsonl", kept + new)
+    manifest.write_card(folder, **{name: fact for name, fact in card.items() if name not in ("splits", "hours", "sha256")})
+    print(f"{folder / 'train.jsonl'}: {len(new)} interleaved rows beside {len(kept)} others, "
+          f"{sum(len(row['shots']) for row in new) / max(1, len(new)):.2f} examples each")
+
+
+if __name__ == "__main__":
+    cli.run(main)

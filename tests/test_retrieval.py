@@ -1,12 +1,14 @@
 """retrieval.py: the nearest recordings by exact cosine, never the recording itself."""
+import json
 import shutil
+import sys
 
 import numpy as np
 import pytest
 import soundfile
 import torch
 
-from af_min import manifest
+from af_min import checkpoint, cli, manifest, retrieval
 from af_min.cli import UserError
 from af_min.flamingo import AudioFlamingo
 from af_min.retrieval import Library, answers_task, hear, nearest, pooled
@@ -74,7 +76,7 @@ def test_a_file_heard_alone_has_the_embedding_that_a_store_holds(model, folder):
     for file, start in (("audio/2.wav", 0.0), ("audio/5.wav", 0.25)):
         heard = hear(model, folder / file, start)
         np.testing.assert_allclose(heard.windows_WD.astype(np.float32), store[file, start].astype(np.float32), atol=2e-3)
-        assert store.index[heard.key] == store.places[file, start]
+        assert heard.key == store.keys[file, start]
 
 
 def test_shots_are_the_nearest_others_with_the_nearest_last(model, folder, tmp_path):
@@ -127,3 +129,93 @@ def test_mistakes_are_named(model, folder, tmp_path):
         Library(model, [str(folder)], "Nope")
     with pytest.raises(UserError, match="--shots 8: there are only 7"):
         Library(model, [str(folder)], "AudioCaptioning").shots(hear(model, folder / "audio/0.wav"), 8, "nearest", "")
+
+
+# ---------------------------------------------------------------------- many queries
+
+def test_many_queries_find_what_each_finds_alone_whatever_the_chunk():
+    rng = np.random.default_rng(1)
+    vectors = rng.standard_normal((300, 8)).round(0).astype(np.float16)                # small integers: many equal products
+    queries = rng.standard_normal((300, 8)).round(0)
+    exact = [sorted(range(300), key=lambda n: (-float(vectors[n].astype(np.float64) @ q), n))[:5] for q in queries]
+    for chunk in (1, 64, 1000):
+        assert nearest(queries, vectors, 5, chunk).tolist() == exact
+    assert nearest(queries[:0], vectors, 5).shape == (0, 5) and nearest(queries, vectors[:3], 5).shape == (300, 3)
+
+
+def test_the_inverted_file_finds_nearly_all_of_them(monkeypatch):
+    pytest.importorskip("faiss")
+    rng = np.random.default_rng(2)
+    centres = rng.standard_normal((40, 16))
+    vectors = (centres[rng.integers(40, size=4000)] + 0.3 * rng.standard_normal((4000, 16))).astype(np.float16)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    monkeypatch.setattr(retrieval, "FAISS_ABOVE", 100)
+    found = retrieval.neighbours(vectors[:200], vectors, 4)
+    assert np.mean([len({*a} & {*b}) / 4 for a, b in zip(found, nearest(vectors[:200], vectors, 4))]) > 0.95
+
+
+def test_neither_another_cut_nor_a_copy_of_the_query_is_a_shot(model, folder, tmp_path):
+    heard = hear(model, folder / "audio/2.wav", 0.3)
+    library = Library(model, [str(folder)], "AudioCaptioning")
+    for choice in ("nearest", "random"):
+        assert len(library.shots(heard, 7, choice, "")) == 7
+        assert all(shot["answer"] != "tone 2" for shot in library.shots(heard, 7, choice, ""))
+
+
+# ---------------------------------------------------------------------- interleaved rows
+
+@pytest.fixture
+def command(model, folder, tokenizer, micro_config, tmp_path, monkeypatch, capsys):
+    """`python -m af_min.retrieval FLAGS` on a copy of the data set that also holds a second cut and a copy of recording 3."""
+    data = tmp_path / "tones"
+    shutil.copytree(folder, data)
+    shutil.copy(data / "audio/3.wav", data / "audio/again.wav")
+    rows = manifest.read_rows(data / "train.jsonl")
+    more = [{**rows[12], "start": 0.2, "answer": "late 3"}, {**rows[12], "audio": "audio/again.wav", "answer": "copy 3"}]
+    manifest.write_rows(data / "train.jsonl", rows + more)
+    checkpoint.save_run(tmp_path / "run", model, micro_config, tokenizer, {})
+
+    def run(*flags):
+        monkeypatch.setattr(sys, "argv", ["retrieval.py", "--run", str(tmp_path / "run"), "--data", str(data), *flags])
+        try:
+            cli.run(retrieval.main)
+        except SystemExit:
+            pass
+        return manifest.read_rows(data / "train.jsonl"), data, capsys.readouterr()
+    return run
+
+
+def test_every_question_gets_examples_of_its_task_from_other_training_recordings(command):
+    rows, data, _ = command("--shots", "3")
+    new = [row for row in rows if "shots" in row]
+    plain = [row for row in rows if "shots" not in row]
+    assert len(plain) == 34 and len(new) == 2 * 26 and {len(row["shots"]) for row in new} == {1, 2, 3}
+    own = {json.dumps(row, sort_keys=True) for row in plain}
+    threes = {"audio/3.wav", "audio/again.wav"}
+    for row in new:
+        bare = {k: v for k, v in row.items() if k not in ("shots", "retrieved")}
+        assert json.dumps(bare, sort_keys=True) in own and row["task"] != "Dialogue"
+        for shot in row["shots"]:
+            assert shot["prompt"] == row["prompt"] and (data / shot["audio"]).exists()
+            assert shot["audio"] != row["audio"] and not {shot["audio"], row["audio"]} <= threes
+    assert manifest.read_card(data)["splits"]["train"]["rows"] == len(rows)
+    assert manifest.read_card(data)["sha256"] == manifest.dataset_hash(data)
+
+
+def test_nearest_examples_are_those_that_a_question_would_be_given(command, model):
+    rows, data, _ = command("--shots", "8", "--shots-from", "nearest")
+    library = Library(model, [str(data)], "Presence")
+    for row in [row for row in rows if row.get("retrieved") and row["task"] == "Presence"]:
+        expected = library.shots(hear(model, data / row["audio"]), 7, "nearest", "")
+        shown = [str(data / shot["audio"]) for shot in row["shots"]]
+        assert shown == [shot["audio"] for shot in expected][-len(shown):]
+
+
+def test_a_second_call_replaces_the_rows_of_the_first(command):
+    first, _, _ = command("--shots", "2")
+    again, _, _ = command("--shots", "2")
+    assert first == again
+    few, _, _ = command("--shots", "2", "--rows", "5", "--shots-from", "random")
+    assert len(few) == 34 + 5
+    unchanged, _, said = command("--shots", "9")
+    assert unchanged == few and "--shots 9: this model takes 9 audios" in said.err and "Traceback" not in said.err

@@ -1,6 +1,7 @@
 """store.py: what is read is what the encoder said, to float16; nothing is encoded twice, whatever happened in between."""
 import json
 import shutil
+import threading
 
 import numpy as np
 import pytest
@@ -178,3 +179,70 @@ def test_a_recording_that_cannot_be_read_is_named(folder, encoder):
     store = a_store(folder, encoder)
     assert store.add(PLACES[:1]) in (0, 1)
     exact(store, PLACES[0], direct(folder, encoder, PLACES[0]))
+
+
+# ---------------------------------------------------------------------- several processes
+
+def together(folder, encoder, size, stop=lambda rank, calls: None, places=PLACES):
+    """`add` in `size` threads that wait for each other as processes do; `stop` may raise in one of them, which ends them all."""
+    barrier, errors, done = threading.Barrier(size), [], [0] * size
+
+    def work(rank):
+        calls = iter(range(9))
+
+        def wait():
+            stop(rank, next(calls))
+            barrier.wait(30)
+        try:
+            done[rank] = a_store(folder, encoder).add(places, batch=3, rank=rank, size=size, wait=wait)
+        except Exception as error:
+            errors.append(error)
+            barrier.abort()
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return done, errors
+
+
+@pytest.mark.parametrize("size", [2, 3, 7])
+def test_several_processes_share_the_work_and_one_store_results(folder, encoder, size):
+    shutil.copy(folder / "c.wav", folder / "copy.wav")
+    done, errors = together(folder, encoder, size, places=[*PLACES, ("copy.wav", 0.0)])
+    assert not errors and sum(done) == 28 and sum(n > 0 for n in done) == min(size, 5)
+    store = a_store(folder, encoder)
+    assert store.add(PLACES) == 0 and not list(store.home.glob("*-*"))
+    for place in PLACES:
+        exact(store, place, direct(folder, encoder, place))
+
+
+def test_what_interrupted_processes_have_encoded_is_taken_over(folder, encoder):
+    def stop(rank, calls):
+        if calls == 1 and rank == 1:                       # encoded, not yet handed over
+            raise KeyError("killed")
+    done, errors = together(folder, encoder, 2, stop)
+    home = a_store(folder, encoder).home
+    left = sorted(path.name for path in home.glob("index-*"))
+    assert errors and left and not (home / "index.jsonl").exists()
+    with open(home / "index-1.jsonl", "a") as index:
+        index.write('{"key": "half a li')
+    store = a_store(folder, encoder)
+    assert store.add(PLACES) == 0, "both had finished their share"
+    for place in PLACES:
+        exact(store, place, direct(folder, encoder, place))
+    assert not list(home.glob("*-*"))
+
+
+def test_two_trainings_at_once_do_not_spoil_each_others_vectors(folder, encoder):
+    stores = [a_store(folder, encoder) for _ in range(2)]
+    threads = [threading.Thread(target=store.add, args=(places,), kwargs={"batch": 1})
+               for store, places in zip(stores, (PLACES[:3], PLACES[2:]))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    store = a_store(folder, encoder)
+    assert store.add(PLACES) == 0
+    for place in PLACES:
+        exact(store, place, direct(folder, encoder, place))
