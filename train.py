@@ -1,8 +1,9 @@
 """Train Audio Flamingo, every stage.
 
     python train.py                          everything from nothing: embedded data, preset tiny, all stages, scores
-    python train.py --resume                 go on where an interrupted training stopped
+    python train.py --resume                 go on where an interrupted training stopped, with the flags it was started with
     python train.py --stage sft --init runs/tiny --data data/mine --name mine
+    python train.py --lm smollm2 --encoder runs/tiny --name smol            on a published language model; or with --clap FILE
     torchrun --nproc_per_node 2 train.py     the same on several processes (gloo on CPUs, nccl on GPUs)
 
 Stages (paper section 4), each on what the one before it left:
@@ -16,6 +17,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
@@ -43,10 +45,13 @@ ALL_STAGES = ("clap", "lm", "pretrain", "sft")
 @dataclass(frozen=True)
 class Args:
     stage: str = flag("all", "which stage to train", choices=(*ALL_STAGES, "all"))
-    preset: str = flag("tiny", "dimensions and training settings", choices=tuple(PRESETS))
+    preset: str = flag("", "dimensions and training settings (default: tiny; with --clap af1)", choices=tuple(PRESETS))
     data: list[str] = flag(["data/scenes"], "prepared data sets, folder or folder:weight", nargs="+")
     name: str = flag("tiny", "the run is written to runs/NAME")
     init: str = flag("", "start from the weights and tokenizer of this run folder")
+    lm: str = flag("", "new model on this published language model: folder of an OPT, Llama or Qwen2")
+    clap: str = flag("", "with --lm: published window encoder, clapcap_weights_2023.pth")
+    encoder: str = flag("", "with --lm: window encoder, and dimensions of all but the language model, of this run folder")
     resume: bool = flag(False, "go on from the last checkpoint of runs/NAME")
     seed: int = flag(0, "seed of weights and data order")
     steps: int = flag(0, "training steps of the stage (0: the preset's)")
@@ -307,27 +312,54 @@ def prepare(args: Args, world: World) -> None:
     world.wait()
 
 
-def main() -> None:
+def parse_arguments() -> Args:
+    """The command line; with --resume, flags that are not named have the values that the run was started with."""
     args = cli.parse(Args, description=__doc__)
+    started = Path("runs") / args.name / "config.json"
+    if args.resume and started.exists():
+        saved = {**checkpoint.read_json(started).get("training", {}).get("args", {}), "resume": True}
+        args = cli.parse(Args, description=__doc__, saved=saved)
+    args = replace(args, preset=args.preset or ("af1" if args.clap else "tiny"))
     cli.at_least(args, seed=0, steps=0, lr=0, batch=0, batch_tokens=0, accumulate=1, checkpoint_every=1)
-    world = World.start()
+    for flag_name in ("init", "encoder"):
+        folder = getattr(args, flag_name)
+        if folder and not (Path(folder) / "model.safetensors").exists():
+            raise UserError(f"--{flag_name} {folder}: no trained model there (model.safetensors is missing)")
+    if (args.clap or args.encoder) and not args.lm:
+        raise UserError("--clap and --encoder are the ears of a new model on --lm DIR; with --init RUN a whole model goes on learning")
+    if args.lm and args.init:
+        raise UserError("--lm makes a new model and --init goes on with one: use one of the two")
+    if args.clap and args.encoder:
+        raise UserError("--clap and --encoder both name the window encoder: use one of the two")
+    if args.lm and args.stage in ("pretrain", "sft") and not (args.clap or args.encoder):
+        raise UserError(f"--lm {args.lm} --stage {args.stage}: name a trained window encoder, --clap FILE or --encoder RUN; "
+                        "without --stage one is trained first")
+    return args
+
+
+def stages_of(args: Args) -> tuple[str, ...]:
+    """The stage asked for, or all but those whose work the given parts have behind them."""
+    if args.stage != "all":
+        return (args.stage,)
+    return tuple(s for s in ALL_STAGES if not (s == "lm" and args.lm or s == "clap" and (args.clap or args.encoder)))
+
+
+def main() -> None:
+    args, world = parse_arguments(), World.start()
     torch.use_deterministic_algorithms(True, warn_only=True)
-    if args.init and not (Path(args.init) / "model.safetensors").exists():
-        raise UserError(f"--init {args.init}: no trained model there (model.safetensors is missing)")
     prepare(args, world)
-    folders, run = data.parse_data(args.data), Path("runs") / args.name
-    stages = ALL_STAGES if args.stage == "all" else (args.stage,)
+    folders, run, stages = data.parse_data(args.data), Path("runs") / args.name, stages_of(args)
     found, state = where_to_go_on(args, run) if args.resume else (None, {"stage": stages[0], "step": 0})
-    tokenizer, config = start_from(args, folders, run, world)
+    tokenizer, config, weights = start_from(args, folders, run, world)
     torch.manual_seed(args.seed)
     everything = Everything(config).to(world.device)
     if found:
         if world.rank == 0:
             checkpoint.cut_log(run, ALL_STAGES, state)
         checkpoint.load_strictly(everything, checkpoint.read_tensors(found / "model.safetensors", world.device), found)
-    elif args.init:
-        source = Path(args.init) / "model.safetensors"
-        checkpoint.load_strictly(everything.model, checkpoint.read_tensors(source, world.device), source)
+    elif weights:
+        checkpoint.load_strictly(everything.model, weights, args.init or args.lm)
+    del weights
     started = time.time()
     for stage in stages[stages.index(state["stage"]):]:
         first = state["step"] if stage == state["stage"] else 0
@@ -337,6 +369,8 @@ def main() -> None:
                          TextStage(stage, everything, folders, tokenizer, c, args, world))
             train_stage(stage, first, everything, objective, c, args, world, run, {})
     if world.rank == 0:
+        if "clap" in stages:
+            checkpoint.write_tensors(run / checkpoint.TEXT_TOWER, everything.text_tower.state_dict())
         checkpoint.save_run(run, everything.model, config, tokenizer, {"args": asdict(args)})
         total = sum(p.numel() for p in everything.model.parameters())
         print(f"{run}: {total / 1e6:.2f} M parameters, trained in {time.time() - started:.0f} s on {world.size} x {world.device}, "
@@ -356,16 +390,20 @@ def where_to_go_on(args: Args, run: Path) -> tuple[Path, dict]:
     state = checkpoint.read_json(found / "state.json")
     if not isinstance(state, dict) or state.get("stage") not in ALL_STAGES or not isinstance(state.get("step"), int):
         raise UserError(f"{found / 'state.json'}: got {state}, expected a stage and a step; leave --resume away to start anew")
-    if args.stage not in ("all", state["stage"]):
+    if state["stage"] not in stages_of(args):
         raise UserError(f"--resume --stage {args.stage}: {run} stopped in stage {state['stage']}; go on with that --stage, or with all")
     return found, state
 
 
 def start_from(args: Args, folders, run: Path, world: World):
-    """Tokenizer and configuration: the interrupted run's, those of --init, or new ones, which are written into the run."""
-    home = run if args.resume else Path(args.init) if args.init else None
+    """-> tokenizer, configuration, weights (None: random, or in the checkpoint), of the interrupted run, --init, --lm, or new ones."""
+    weights, home = None, run if args.resume else Path(args.init) if args.init else None
     if home:
-        tokenizer, config = text.Tokenizer.load(home / "tokenizer.model"), checkpoint.load_config(home)
+        tokenizer, config = checkpoint.load_tokenizer(home), checkpoint.load_config(home)
+        if not args.resume:
+            weights = checkpoint.read_tensors(home / "model.safetensors", world.device)
+    elif args.lm:
+        config, tokenizer, weights = published_parts(args)
     else:
         tokenizer, config = make_tokenizer(folders, PRESETS[args.preset].lm.vocab_size), PRESETS[args.preset]
         config = replace(config, lm=replace(config.lm, vocab_size=tokenizer.vocab_size), audio_id=tokenizer.audio_id,
@@ -374,8 +412,23 @@ def start_from(args: Args, folders, run: Path, world: World):
         run.mkdir(parents=True, exist_ok=True)
         checkpoint.forget(run)
         checkpoint.save_settings(run, config, tokenizer, {"args": asdict(args)})
+        if args.init and (home / checkpoint.TEXT_TOWER).exists():
+            shutil.copy(home / checkpoint.TEXT_TOWER, run)
     world.wait()
-    return tokenizer, config
+    return tokenizer, config, weights
+
+
+def published_parts(args: Args):
+    """A new model on a published language model: configuration, tokenizer, state dict. Its encoder: --clap's, --encoder's, or random."""
+    from af_min.pretrained import new_model
+    base = checkpoint.load_config(Path(args.encoder)) if args.encoder else PRESETS[args.preset]
+    base = replace(base, pool_windows=args.pool_windows, representation=replace(base.representation, attend_padding=False),
+                   xattn=replace(base.xattn, gate_init=0.0))         # training starts from the unchanged language model
+    config, tokenizer, weights = new_model(args.clap or None, args.lm, slots=base.representation.max_audios, seed=args.seed, base=base)
+    if args.encoder:
+        heard = checkpoint.read_tensors(Path(args.encoder) / "model.safetensors")
+        weights |= {name: value for name, value in heard.items() if name.startswith("encoder.")}
+    return config, tokenizer, weights
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
     runs/<name>/config.json          dimensions of the model and settings of its training
                 model.safetensors    weights
-                tokenizer.model      sentencepiece
+                tokenizer.model      sentencepiece; or a published vocabulary and special_tokens.json
                 log.jsonl            one line a training step
+                text_tower.safetensors    CLAP's other half, where the clap stage was trained (dialogue_filter.py)
                 scores.json  report.png
                 checkpoint/          the state of an unfinished training: `--resume` goes on from there
 
@@ -24,9 +25,11 @@ from torch import nn
 from . import config as settings
 from .cli import UserError
 from .config import Config
+from .pretrained_text import IDS_FILE, PublishedTokenizer
 from .text import Tokenizer
 
 
+TEXT_TOWER = "text_tower.safetensors"
 UMASK = os.umask(0o022)
 os.umask(UMASK)
 
@@ -73,10 +76,17 @@ def load_strictly(module: nn.Module, tensors: dict[str, torch.Tensor], where) ->
 
 
 def save_settings(run: Path, config: Config, tokenizer: Tokenizer, training: dict) -> None:
-    """config.json and tokenizer.model."""
+    """config.json and the tokenizer."""
     run.mkdir(parents=True, exist_ok=True)
     write_json(run / "config.json", {"model": settings.to_dict(config), "training": training})
+    if isinstance(tokenizer, PublishedTokenizer):
+        return tokenizer.save(run)
+    (run / IDS_FILE).unlink(missing_ok=True)               # of an earlier run of this name
     tokenizer.save(run / "tokenizer.model")
+
+
+def load_tokenizer(run: Path) -> Tokenizer | PublishedTokenizer:
+    return PublishedTokenizer.load(run) if (run / IDS_FILE).exists() else Tokenizer.load(run / "tokenizer.model")
 
 
 def load_config(run: Path) -> Config:
@@ -100,14 +110,14 @@ def load_run(run: Path, device="cpu", dtype: torch.dtype = torch.float32):
     if not (run / "model.safetensors").exists():
         raise UserError(f"{run}: no trained model there (model.safetensors is missing); run `python train.py` first, "
                         "or name its folder with --run")
-    if (run / "special_tokens.json").exists():               # converted from published weights, with a published vocabulary
+    if (run / IDS_FILE).exists():                            # built on published weights, with a published vocabulary
         from .pretrained import open_run
         model, tokenizer = open_run(run)
         return model.to(device), tokenizer
     config = load_config(run)
     model = AudioFlamingo(config).to(device, dtype)
     load_strictly(model, read_tensors(run / "model.safetensors", device), run / "model.safetensors")
-    return model.eval(), Tokenizer.load(run / "tokenizer.model")
+    return model.eval(), load_tokenizer(run)
 
 
 # ---------------------------------------------------------------------- training state

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import micro
+import training
 from af_min import manifest, scenes
 from af_min.text import Tokenizer
 
@@ -56,3 +57,23 @@ def shake(module: torch.nn.Module, seed: int = 0, scale: float = 0.15) -> torch.
             middle = parameter.mean() if parameter.ndim < 2 else 0.0           # gains stay about 1, biases about 0, gates open
             parameter.copy_(middle + scale * torch.randn(parameter.shape, generator=generator))
     return module.eval()
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, scenes_data):
+    """All stages at once, without a break: (folder of the run, {stage: (state before, state after)})."""
+    folder, seen = tmp_path_factory.mktemp("trained"), {}
+
+    def spy(patch):
+        stage_of_train = training.TRAIN.train_stage
+
+        def copy(module):
+            return {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+        def watched(stage, first_step, everything, *rest):
+            before = copy(everything)
+            stage_of_train(stage, first_step, everything, *rest)
+            seen[stage] = before, copy(everything)
+        patch.setattr(training.TRAIN, "train_stage", watched)
+    training.train(folder, scenes_data, "--name", "whole", before=spy)
+    return folder / "runs" / "whole", seen

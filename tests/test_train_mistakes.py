@@ -1,0 +1,175 @@
+"""train.py, prepare_data.py, checkpoint.py: a user's mistake, or a damaged file, is told in one line."""
+import json
+
+import pytest
+from safetensors.torch import save_file
+
+import micro
+from af_min import checkpoint, config, manifest
+from af_min.cli import UserError
+from af_min.config import TINY, Config
+from af_min.text import Tokenizer
+from training import ROOT, TRAIN, log, run_main, spawn, train, weights
+
+
+# ---------------------------------------------------------------------- mistakes at the command line
+
+def mistake(capsys, module, folder, *flags):
+    """The one line that a user's mistake is answered with; exit code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run_main(module, folder, flags)
+    error = capsys.readouterr().err
+    lines = [line for line in error.splitlines() if "error: " in line]
+    assert stop.value.code == 2 and "Traceback" not in error and len(lines) == 1, error
+    assert len([line for line in error.splitlines() if line.strip() and "it/s" not in line and "%|" not in line]) == 1 or "usage:" in error, error
+    return lines[0]
+
+
+def a_data_set(folder, rows):
+    folder.mkdir(parents=True)
+    manifest.write_rows(folder / "train.jsonl", rows)
+    manifest.write_card(folder, name="x")
+    return folder
+
+
+ROW = {"audio": "audio/a.wav", "task": "AQA", "prompt": "is there a bell?", "answer": "no"}
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["--data", "nowhere"], "nowhere: no prepared data set there"),
+    (["--data", "data/x:0"], "the weight must be above 0"),
+    (["--data", "data/x:\u00b2"], "data/x:\u00b2"),
+    (["--data", "data/x", "--resume"], "holds no checkpoint"),
+    (["--data", "data/x", "--init", "runs/none"], "runs/none"),
+    (["--data", "data/x", "--stage", "clap"], "no row has the task WindowText"),
+    (["--data", "data/x", "--stage", "sft"], "audio/a.wav"),
+    (["--data", "data/broken"], "train.jsonl:1"),
+    (["--data", "data/empty"], "train.jsonl"),
+    (["--data", "data/x", "--accumulate", "0"], "--accumulate 0"),
+    (["--data", "data/x", "--checkpoint-every", "0"], "--checkpoint-every 0"),
+    (["--data", "data/x", "--steps", "-1"], "--steps -1"),
+    (["--data", "data/x", "--batch", "-4"], "--batch -4"),
+    (["--data", "data/x", "--lr", "-1"], "--lr -1"),
+    (["--data", "data/x", "--lr", "nan"], "--lr nan"),
+    (["--stage", "evaluate"], "--stage"), (["--preset", "huge"], "--preset"), (["--steps", "many"], "--steps"),
+    (["--colour", "red"], "--colour"), (["--step", "5"], "--step")])
+def test_mistakes_at_train_py(tmp_path, capsys, flags, says):
+    a_data_set(tmp_path / "data" / "x", [ROW] * 3)
+    (a_data_set(tmp_path / "data" / "broken", [ROW]) / "train.jsonl").write_text("{not json\n")
+    (a_data_set(tmp_path / "data" / "empty", [ROW]) / "train.jsonl").unlink()
+    assert says in mistake(capsys, TRAIN, tmp_path, "--preset", "micro", "--no-evaluate", *flags)
+
+
+def test_resuming_with_another_stage_is_a_mistake_that_is_explained(trained, scenes_data, capsys):
+    said = mistake(capsys, TRAIN, trained[0].parents[1], "--preset", "micro", "--data", scenes_data, "--name", "whole", "--resume", "--stage", "lm")
+    assert "sft" in said and "--stage" in said
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["--dataset", "folder", "--source", "nowhere"], "nowhere"), (["--dataset", "folder"], "--source"), (["--dataset", "clothes"], "--dataset"),
+    (["--dataset", "scenes", "--out", "mine"], "is not a prepared data set"), (["--seed", "x"], "--seed"), (["--seed", "-1"], "--seed -1")])
+def test_mistakes_at_prepare_data_py(tmp_path, capsys, flags, says):
+    import prepare_data
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("do not delete")
+    assert says in mistake(capsys, prepare_data, tmp_path, *flags)
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "do not delete"
+
+
+def test_a_folder_of_recordings_becomes_a_data_set_that_trains(tmp_path, capsys):
+    """prepare_data.py --dataset folder, then train.py --stage sft on it."""
+    import numpy as np
+    import prepare_data
+    import soundfile
+    (tmp_path / "mine").mkdir()
+    names = [f"{kind}_{i}.wav" for kind in ("low", "high") for i in range(10)]
+    for i, name in enumerate(names):
+        wave = np.sin((300 if "low" in name else 2000) * (1 + i / 100) * np.arange(16_000) * 2 * np.pi / 16_000)
+        soundfile.write(tmp_path / "mine" / name, wave * 0.5, 16_000)
+    (tmp_path / "mine" / "answers.csv").write_text("file,answer\n" + "".join(f"{n},{n.split('_')[0]}\n" for n in names))
+    run_main(prepare_data, tmp_path, ["--dataset", "folder", "--source", "mine", "--sample-rate", 16_000, "--out", "data/mine"])
+    assert "20 recordings" in capsys.readouterr().out
+    train(tmp_path, "data/mine", "--stage", "sft", "--steps", 2, "--name", "mine")
+    assert len(log(tmp_path / "runs" / "mine")) == 2
+
+
+def test_the_real_command_line_answers_a_mistake_with_one_line(tmp_path):
+    for script, flags in (("train.py", ["--data", "nowhere"]), ("prepare_data.py", ["--dataset", "scenes", "--out", __file__])):
+        code, printed = spawn(tmp_path, ROOT / script, *flags)
+        assert code == 2 and printed.startswith("error: ") and printed.count("\n") == 1, printed
+
+
+# ---------------------------------------------------------------------- run folders
+
+@pytest.fixture
+def run(trained, tmp_path):
+    """A run folder of one's own, to be damaged."""
+    import shutil
+    shutil.copytree(trained[0], tmp_path / "run")
+    return tmp_path / "run"
+
+
+def cut(path, keep):
+    path.write_bytes(path.read_bytes()[:keep])
+
+
+DAMAGES = {
+    "weights missing": (lambda run: (run / "model.safetensors").unlink(), "no trained model there"),
+    "weights empty": (lambda run: cut(run / "model.safetensors", 0), "model.safetensors: not a whole safetensors file"),
+    "weights cut in the header": (lambda run: cut(run / "model.safetensors", 100), "model.safetensors: not a whole safetensors file"),
+    "weights cut at the end": (lambda run: cut(run / "model.safetensors", -1), "model.safetensors: not a whole safetensors file"),
+    "not weights": (lambda run: (run / "model.safetensors").write_text("version https://git-lfs"), "model.safetensors: not a whole safetensors"),
+    "a tensor is missing": (lambda run: drop(run, "lm.norm.weight"), r"lm.norm.weight: got shape nothing, expected \(32,\)"),
+    "a tensor too many": (lambda run: drop(run, "lm.norm.weight", "extra"), "extra: got shape"),
+    "config missing": (lambda run: (run / "config.json").unlink(), "config.json: cannot be read"),
+    "config cut": (lambda run: cut(run / "config.json", 50), "config.json: not JSON"),
+    "config without a model": (lambda run: (run / "config.json").write_text("{}"), "config.json"),
+    "config that is a list": (lambda run: (run / "config.json").write_text("[]"), "config.json"),
+    "unknown setting": (lambda run: edit(run, lambda c: c["model"]["lm"].update(colour=1)), "config.json: lm: unknown setting 'colour'"),
+    "a part that is a number": (lambda run: edit(run, lambda c: c["model"].update(lm=3)), "config.json: lm"),
+    "other dimensions": (lambda run: edit(run, lambda c: c["model"]["lm"].update(width=64)), "got shape .*, expected"),
+    "tokenizer missing": (lambda run: (run / "tokenizer.model").unlink(), "tokenizer.model: not a sentencepiece model"),
+    "tokenizer cut": (lambda run: cut(run / "tokenizer.model", 300), "tokenizer.model"),
+}
+
+
+def drop(run, name, instead=None):
+    tensors = weights(run / "model.safetensors")
+    value = tensors.pop(name) if not instead else tensors[name].clone()
+    save_file(tensors | ({instead: value} if instead else {}), run / "model.safetensors")
+
+
+def edit(run, change):
+    values = json.loads((run / "config.json").read_text())
+    change(values)
+    (run / "config.json").write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_run_is_named_in_one_line(run, damage):
+    harm, says = DAMAGES[damage]
+    harm(run)
+    with pytest.raises(UserError, match=says) as error:
+        checkpoint.load_run(run)
+    assert "\n" not in str(error.value) and str(run) in str(error.value)
+
+
+@pytest.mark.parametrize("file, content", [("state.json", "{}"), ("state.json", "[1"), ("model.safetensors", ""), ("optimizer.safetensors", "x")])
+def test_a_damaged_checkpoint_is_named_in_one_line(run, scenes_data, capsys, file, content):
+    folder = run.parent / "runs"
+    folder.mkdir()
+    run.rename(folder / "run")
+    state = folder / "run" / "checkpoint"
+    (state / "state.json").write_text('{"stage": "sft", "step": 2}')
+    (state / file).write_text(content)
+    said = mistake(capsys, TRAIN, run.parent, "--preset", "micro", "--no-evaluate", "--data", scenes_data, "--name", "run", "--resume")
+    assert file in said
+
+
+def test_a_configuration_survives_the_way_to_disk_and_back(tmp_path, tokenizer):
+    for model in (TINY, micro.MICRO, Config()):
+        checkpoint.save_settings(tmp_path / "run", model, tokenizer, {})
+        assert checkpoint.load_config(tmp_path / "run") == model
+    assert Tokenizer.load(tmp_path / "run" / "tokenizer.model").model == tokenizer.model
+    assert config.from_dict(Config, {}) == Config(), "what an older run does not say has its default"
