@@ -412,8 +412,10 @@ def start_from(args: Args, folders, run: Path, world: World):
         run.mkdir(parents=True, exist_ok=True)
         checkpoint.forget(run)
         checkpoint.save_settings(run, config, tokenizer, {"args": asdict(args)})
-        if args.init and (home / checkpoint.TEXT_TOWER).exists():
-            shutil.copy(home / checkpoint.TEXT_TOWER, run)
+        if not home or home.resolve() != run.resolve():
+            (run / checkpoint.TEXT_TOWER).unlink(missing_ok=True)
+            if args.init and (home / checkpoint.TEXT_TOWER).exists():
+                shutil.copy(home / checkpoint.TEXT_TOWER, run)
     world.wait()
     return tokenizer, config, weights
 
