@@ -43,12 +43,12 @@ def why_no_triton(tensor: Tensor) -> str | None:
 
 def use_triton(backend: str | None, tensor: Tensor, head_dim: int | None = None) -> bool:
     """Argument, then environment, then device. Raises UserError if Triton is asked for and cannot run."""
-    source = "backend" if backend is not None else "AF_MIN_KERNELS"
     wanted = backend if backend is not None else os.environ.get("AF_MIN_KERNELS") or "default"
-    if wanted not in ("default", "reference", "triton"):
-        raise UserError(f"{source}={wanted}: unknown backend; choose reference or triton")
     if wanted == "reference" or (wanted == "default" and not tensor.is_cuda):
         return False
+    source = "backend" if backend is not None else "AF_MIN_KERNELS"
+    if wanted not in ("default", "triton"):
+        raise UserError(f"{source}={wanted}: unknown backend; choose reference or triton")
     reason = why_no_triton(tensor)
     if reason is None and head_dim not in (None, *HEAD_DIMS):
         reason = f"head width {head_dim} has no kernel, only {', '.join(map(str, HEAD_DIMS))}"
@@ -62,10 +62,11 @@ def masked_cross_attention(q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor, back
 
     Token t sees the keys 0 .. kv_len[t]-1; kv_len[t] = 0 gives an exact 0 and zero gradients. L may be 0. Keys that no token
     sees are never used, whatever they hold. Raises UserError for a backend that cannot run."""
-    assert q.shape[:2] == k.shape[:2] and k.shape == v.shape and q.shape[3] == k.shape[3], \
-        f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}, expected (B, H, T, K), (B, H, L, K), (B, H, L, K)"
-    assert kv_len.shape == (q.shape[0], q.shape[2]), f"got kv_len {tuple(kv_len.shape)}, expected {(q.shape[0], q.shape[2])}"
-    if use_triton(backend, q, q.shape[3]):
+    (B, H, T, K), L = q.shape, k.shape[2]
+    assert k.shape == v.shape == (B, H, L, K) and kv_len.shape == (B, T), \
+        f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}, kv_len {tuple(kv_len.shape)}, " \
+        "expected (B, H, T, K), (B, H, L, K), (B, H, L, K), (B, T)"
+    if use_triton(backend, q, K):
         from . import masked_xattn
         return masked_xattn.masked_cross_attention(q, k, v, kv_len)
     return reference.masked_cross_attention(q, k, v, kv_len)

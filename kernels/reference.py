@@ -60,14 +60,17 @@ def additive_mask(kv_len: Tensor, dtype: torch.dtype) -> tuple[int, Tensor | Non
 def attend_cpu(q_BHTK: Tensor, k_BHLK: Tensor, v_BHLK: Tensor, kv_len: Tensor) -> Tensor:
     """`attend` by PyTorch's fused CPU kernel, which gives 0 for a row that is masked throughout.
 
-    Keys beyond the longest visible length are cut off. A NaN or inf among the others shows in a sum (a read, no copy); only
-    then are the unused ones cleaned."""
+    Keys beyond the longest visible length are cut off. A NaN or inf among the others shows in a sum, a read and no copy: in that
+    of the output, or, as the backward pass multiplies by them again, in their own. Only then are the unused ones cleaned."""
     longest, mask = additive_mask(kv_len, q_BHTK.dtype)
     if longest == 0:
         return attend(q_BHTK, k_BHLK[:, :, :0], v_BHLK[:, :, :0], kv_len)
-    k_BHLK, v_BHLK = k_BHLK[:, :, :longest], v_BHLK[:, :, :longest]
-    if mask is not None and not math.isfinite(k_BHLK.detach().sum() + v_BHLK.detach().sum()):
-        k_BHLK, v_BHLK = zero_unused(k_BHLK, kv_len), zero_unused(v_BHLK, kv_len)
+    if longest < k_BHLK.shape[2]:                              # for one token a slice would cost as much as the attention
+        k_BHLK, v_BHLK = k_BHLK[:, :, :longest], v_BHLK[:, :, :longest]
+    out = F.scaled_dot_product_attention(q_BHTK, k_BHLK, v_BHLK, attn_mask=mask)
+    if mask is None or math.isfinite(k_BHLK.detach().sum() + v_BHLK.detach().sum() if out.requires_grad else out.sum()):
+        return out
+    k_BHLK, v_BHLK = zero_unused(k_BHLK, kv_len), zero_unused(v_BHLK, kv_len)
     return F.scaled_dot_product_attention(q_BHTK, k_BHLK, v_BHLK, attn_mask=mask)
 
 

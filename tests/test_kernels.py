@@ -54,9 +54,12 @@ def test_reference_gradients(function):
 
 
 @pytest.mark.parametrize("function", [reference.attend, reference.attend_cpu])
-@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_unused_keys_may_hold_anything(function, poison):
-    q, k, v, kv_len = make()
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("T", [1, 6])
+def test_unused_keys_may_hold_anything(function, T, poison):
+    """With gradients and without, where other code looks for them."""
+    q, k, v, kv_len = make(T)
+    kv_len[1, -1] = 2
     clean = function(q, k, v, kv_len)
     bad_k, bad_v = k.detach().clone(), v.detach().clone()
     for x in (bad_k, bad_v):
@@ -67,6 +70,9 @@ def test_unused_keys_may_hold_anything(function, poison):
     wanted = torch.autograd.grad(clean.sum(), (q, k, v))
     for got, want in zip(torch.autograd.grad(out.sum(), (q, bad_k, bad_v)), wanted):
         torch.testing.assert_close(got, want)
+    with torch.no_grad():
+        torch.testing.assert_close(function(q, bad_k, bad_v, kv_len), clean)
+        torch.testing.assert_close(function(q.abs(), bad_k, v, kv_len), function(q.abs(), k, v, kv_len))      # all of one sign
 
 
 def test_no_audio_in_the_batch():
@@ -145,7 +151,8 @@ def test_kernels_under_the_interpreter():
 @needs_triton
 @pytest.mark.slow
 def test_kernels_under_the_interpreter_large():
-    python("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "slow", "tests/test_kernels_interpreted.py", TRITON_INTERPRET="1")
+    python("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "slow", "tests/test_kernels_interpreted.py",
+           TRITON_INTERPRET="1")
 
 
 @needs_triton
