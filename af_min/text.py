@@ -11,6 +11,7 @@ Supervised are the tokens after each <SEP> through <|endofchunk|>, and </s>; nev
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,8 +38,9 @@ ANSWER, USER, ASSISTANT = "\nAnswer:", "user: ", " \nassistant: "
 
 
 def prefix(task: str) -> str:
-    """The task's prefix; a task that the table does not know has none."""
-    return PREFIXES.get(SAME_AS.get(task, task), "")
+    """The task's prefix. Further kinds of classification and captioning spell their own; other unknown tasks have none."""
+    own = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", task).lower()
+    return PREFIXES.get(SAME_AS.get(task, task), f"The task is {own}. " if re.search("[a-z] (classification|captioning)$", own) else "")
 
 
 class Tokenizer:

@@ -98,7 +98,8 @@ def test_where_there_is_no_recording_there_is_no_audio_token(tokenizer):
 
 @pytest.mark.parametrize("task, expected", [
     ("AudioCaptioning", "The task is audio captioning. "), ("AQA", "The task is audio question answering. "),
-    ("Count", "The task is audio question answering. "), ("FewShotUnseen", "The task is sound classification. "), ("?", "")])
+    ("Count", "The task is audio question answering. "), ("FewShotUnseen", "The task is sound classification. "), ("?", ""),
+    ("InstrumentClassification", "The task is instrument classification. "), ("MusicCaptioning", "The task is music captioning. ")])
 def test_prefixes(task, expected):
     assert text.prefix(task) == expected
 
