@@ -80,6 +80,7 @@ class XattnConfig:
     every: int = 1                   # a block before every n-th LM layer
     gate_init: float = 0.0           # the attention gate starts at tanh(gate_init), the feed-forward's at 0; 0 leaves the LM unchanged
     audio_index: bool = False        # not in the paper: see xattn.py
+    mask: str = "block"              # ablations, without a kernel: "last" = a text's own audio alone, "full" = later audios too
 
 
 @dataclass(frozen=True)

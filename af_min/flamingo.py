@@ -121,14 +121,16 @@ class AudioFlamingo(nn.Module):
                state: State | None = None) -> torch.Tensor:
         """Text states after the last LM layer, (B, T, D). With a `state` the ids continue what was read before."""
         number_BT = audio_number(ids_BT, self.config.audio_id, state.seen_B if state else None)
-        kv_len_BT = visible_windows(number_BT, audio.n_windows_BN)
+        mask, most = self.config.xattn.mask, audio.n_windows_BN.shape[1]
+        kv_len_BT = visible_windows(number_BT if mask != "full" else torch.full_like(number_BT, most), audio.n_windows_BN)
+        first_BT = visible_windows(number_BT - 1, audio.n_windows_BN) if mask == "last" else None
         blocks = {int(layer): (block, k, v) for (layer, block), k, v in zip(self.xattn.items(), audio.keys, audio.values)}
 
         def look(layer: int, x_BTD: torch.Tensor) -> torch.Tensor:
             if layer not in blocks:
                 return x_BTD
             block, k, v = blocks[layer]
-            return block(x_BTD, k, v, kv_len_BT, number_BT)
+            return block(x_BTD, k, v, kv_len_BT, number_BT, first_BT)
 
         return self.lm(ids_BT, mask_BT, cache=state.cache if state else None, before_layer=look)
 

@@ -88,16 +88,24 @@ class GatedCrossAttention(nn.Module):
         return rearrange(q, "b t (h k) -> b h t k", h=self.heads)
 
     def forward(self, x_BTD: torch.Tensor, k_BHLK: torch.Tensor, v_BHLK: torch.Tensor, kv_len_BT: torch.Tensor,
-                number_BT: torch.Tensor) -> torch.Tensor:
-        q_BHTK = self.queries(x_BTD, number_BT)
-        heard = rearrange(kernels.masked_cross_attention(q_BHTK, k_BHLK, v_BHLK, kv_len_BT), "b h t k -> b t (h k)")
+                number_BT: torch.Tensor, first_BT: torch.Tensor | None = None) -> torch.Tensor:
+        """first_BT: the first window that each token sees, where that is not 0 (the ablation `mask = "last"`)."""
+        if first_BT is None:
+            heard = kernels.masked_cross_attention(self.queries(x_BTD, number_BT), k_BHLK, v_BHLK, kv_len_BT)
+        else:
+            heard = self.attention(x_BTD, k_BHLK, kv_len_BT, number_BT, first_BT).to(v_BHLK.dtype) @ v_BHLK
+        heard = rearrange(heard, "b h t k -> b t (h k)")
         x_BTD = kernels.gated_residual(x_BTD, heard, self.out.weight, self.attn_gate)
         inner = F.gelu(self.up(self.ff_norm(x_BTD)))
         return kernels.gated_residual(x_BTD, inner, self.down.weight, self.ff_gate)
 
-    def attention(self, x_BTD: torch.Tensor, k_BHLK: torch.Tensor, kv_len_BT: torch.Tensor, number_BT: torch.Tensor) -> torch.Tensor:
-        """The attention weights themselves, (B, H, T, L), for pictures; the forward pass never builds them."""
+    def attention(self, x_BTD: torch.Tensor, k_BHLK: torch.Tensor, kv_len_BT: torch.Tensor, number_BT: torch.Tensor,
+                  first_BT: torch.Tensor | None = None) -> torch.Tensor:
+        """The attention weights themselves, (B, H, T, L), for pictures; the forward pass does not build them."""
         q = self.queries(x_BTD, number_BT)
         scores = q.float() @ k_BHLK.float().mT / q.shape[-1] ** 0.5
-        hidden = torch.arange(scores.shape[-1], device=q.device) >= kv_len_BT[:, None, :, None]
+        slot_L = torch.arange(scores.shape[-1], device=q.device)
+        hidden = slot_L >= kv_len_BT[:, None, :, None]
+        if first_BT is not None:
+            hidden = hidden | (slot_L < first_BT[:, None, :, None])
         return scores.masked_fill(hidden, float("-inf")).softmax(-1).nan_to_num(0.0)
