@@ -1,223 +1,333 @@
-"""Scores of a run on a test split, each beside what can be had without listening.
+"""Scores of a run on a test split.
 
-    python -m af_min.evaluate --run runs/tiny                            the table of README, scores.json
-    python -m af_min.evaluate --run runs/mine --dataset data/mine        exact answers of each task of any other data set
+    python -m af_min.evaluate --run runs/tiny                                      the table of README (scores.py), scores.json
+    python -m af_min.evaluate --run runs/mine --dataset data/mine                  every task of any prepared data set
+    python -m af_min.evaluate --run runs/tiny --dataset scenes --shots 0 4 8 --shots-from nearest random
+    python -m af_min.evaluate --claims                                             the paper's claims, measured (claims.py)
 
-Three columns beside the score say what it is worth. `chance`: uniform over the possible answers. `blind`: the best answer that
-ignores the audio, always the one that the training rows give most often to this question, and for few-shot one of the words in
-the prompt. `swapped`: the same model and items, but each item gets the audio of another one; a score that needs listening falls
-to the blind level. Answers are decoded greedily in batches.
+Captions and dialogues get CIDEr-D, BLEU and ROUGE-L, tags F1, all else the share of exact answers; --options TASK adds the share that is
+right when the likeliest of the answers known from training, or of those that the prompt lists, is taken (tags: mAP). `[..]`: 95 %
+by bootstrap over the items (CIDEr-D: how rare an n-gram is stays fixed). `blind`: the commonest training answer to the same
+question. `swapped`: the same items, each with the audio of another one. Shots come from the train split, never the recording
+itself; rows that bring their own keep them. A dialogue's turn is asked with the true answers to the turns before it.
+
+Decoding is greedy. Every answer stands in <run>/predictions-<data set>-<condition>.jsonl; an interrupted evaluation goes on from
+there, and one of other weights, data or settings begins anew.
 """
 from __future__ import annotations
 
-import random
+import hashlib
+import json
+import sys
 import time
-from collections import Counter, defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import ChainMap, defaultdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from . import checkpoint, cli, data, manifest, metrics, retrieval
-from .answering import Answerer
+from . import checkpoint, cli, data, manifest, metrics, scores, text
+from .answering import MAX_NEW, Answerer
 from .cli import UserError, flag
+from .retrieval import Library, pooled
 from .store import Store
 
 
 @dataclass(frozen=True)
 class Args:
     run: str = flag("runs/tiny", "run folder")
-    dataset: str = flag("data/scenes", "prepared data set, whose test split is scored")
+    dataset: str = flag("data/scenes", "prepared data set; a bare name is looked for in data/")
+    split: str = flag("test", "rows to score", choices=("val", "test"))
     items: int = flag(0, "score only so many items of each task (0: all)")
+    shots: list[int] = flag([], "examples before each question; several numbers, several rows of the table", nargs="+")
+    shots_from: list[str] = flag(["nearest"], "how they are chosen", choices=("nearest", "random"), nargs="+")
+    options: list[str] = flag([], "tasks whose answer is also chosen by likelihood, such as AudioClassification", nargs="+", metavar="TASK")
+    max_new: int = flag(64, "tokens of an answer, at most")
+    swapped: bool = flag(True, "also ask about another recording, without shots")
+    seed: int = flag(0, "seed of random shots")
+    device: str = flag("auto", "where to compute", choices=("auto", "cpu", "cuda"))
 
 
-# ---------------------------------------------------------------------- items
+# ---------------------------------------------------------------------- questions
 
-def dialogue_items(rows: list[dict], answerer: Answerer) -> Iterator[tuple[dict, str]]:
-    """Second and later turns, the model's own earlier answers before them: (row up to the question, right answer)."""
-    said: list[list[str]] = [[] for _ in rows]
-    for turn in range(max(len(r["turns"]) for r in rows)):
-        live = [i for i, r in enumerate(rows) if len(r["turns"]) > turn]
-        asked = [{**rows[i], "turns": [
-            {"user": t["user"], "assistant": s} for t, s in zip(rows[i]["turns"], [*said[i], ""])]} for i in live]
-        for i, row, answer in zip(live, asked, answerer.answer(asked)):
-            said[i].append(answer or "?")
+def questions(rows: list[dict], items: int = 0) -> dict[str, list[dict]]:
+    """Rows of a split by task, as questions with their number "id" and "answers"; of a dialogue each turn, after the true ones before it."""
+    tasks = defaultdict(list)
+    for number, row in enumerate(rows):
+        if row["task"] == "WindowText" or "pool" in row:                     # not questions to this model, or not without shots
+            continue
+        for n, turn in enumerate(row.get("turns", [None])):
+            asked = dict(row, id=[number, n])
             if turn:
-                yield {**row, "answer": answer}, rows[i]["turns"][turn]["assistant"]
+                asked |= {"turns": [*row["turns"][:n], {**turn, "assistant": ""}], "prompt": turn["user"], "answers": [turn["assistant"]]}
+            tasks[row["task"]].append({**asked, "answers": asked.get("answers") or [asked["answer"]]})
+    return {task: scores.some(rows, items) for task, rows in sorted(tasks.items())}
 
 
-def with_pool_shots(rows: list[dict], store: Store, how: str, shots: int = 4, seed: int = 0) -> list[dict]:
-    """Rows with a pool -> rows with the `shots` pool recordings nearest to the query, nearest last, or as many at random."""
-    def vector(row):
-        return retrieval.pooled(store[row["audio"], row["start"]])
+def with_examples(rows: list[dict], library: Library, store: Store, k: int, choice: str, seed: int) -> list[dict]:
+    """Each question with k rows of the library before it, the nearest last."""
+    places = [(row["audio"], row["start"]) for row in rows]
+    chosen = library.choose([store.keys[place] for place in places], np.stack([pooled(store[place]) for place in places]), k, choice, seed)
+    return [{**row, "shots": [library.example(n, row["prompt"]) for n in reversed(numbers)]} for row, numbers in zip(rows, chosen)]
 
-    out, rng = [], random.Random(seed)
+
+def fitting(rows: list[dict], answerer: Answerer) -> tuple[list[dict], int]:
+    """Rows without the first of their shots where all would not leave room for an answer; how many rows that concerns."""
+    room, out = answerer.model.config.lm.max_positions - answerer.max_new, []
     for row in rows:
-        pool = row["pool"]
-        if how == "random":
-            chosen = rng.sample(pool, shots)
-        else:
-            near = retrieval.nearest(vector(row), np.stack([vector(p) for p in pool]), shots)
-            chosen = [pool[i] for i in reversed(near)]
-        out.append({**{k: v for k, v in row.items() if k != "pool"}, "shots": chosen})
-    return out
+        while row.get("shots") and len(text.write_sample(answerer.tokenizer, row, complete=False).ids) > room:
+            row = {**row, "shots": row["shots"][1:]}
+        out.append(row)
+    return out, sum(len(a.get("shots", [])) < len(b.get("shots", [])) for a, b in zip(out, rows))
 
 
-def swapped(rows: list[dict]) -> list[dict]:
-    """Each row with the audio of another one; shots keep theirs."""
-    sounds = [(r["audio"], r["start"]) for r in rows]
-    moved = sounds[len(sounds) // 2:] + sounds[:len(sounds) // 2]
-    return [{**row, "audio": audio, "start": start} for row, (audio, start) in zip(rows, moved)]
+def listed(prompt: str) -> list[str]:
+    """The options that a prompt names in the form of text.question."""
+    lines = prompt.lower().partition("\noptions:\n")[2].splitlines()
+    return [line.removeprefix(" - ").removesuffix(".") for line in lines if line.startswith(" - ")]
+
+
+# ---------------------------------------------------------------------- predictions
+
+class Predictions:
+    """A JSONL file of answers: a first line that says what they are answers of, then one line a question.
+
+    Only whole lines count; a file with another first line is begun anew. `said`: question id -> its line.
+    """
+
+    def __init__(self, path: Path, header: dict):
+        self.path, self.said, whole, lines = path, {}, 0, []
+        if path.exists():
+            lines = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+        for number, line in enumerate(lines):
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                break
+            if number == 0 and entry != header:
+                break
+            if number:
+                self.said[tuple(entry["id"])] = entry
+            whole += len(line)
+        with open(path, "ab") as file:
+            file.truncate(whole)
+            if not whole:
+                file.write(json.dumps(header).encode() + b"\n")
+
+    def put(self, entries: list[dict]) -> None:
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(entry) + "\n" for entry in entries))
+        self.said |= {tuple(entry["id"]): entry for entry in entries}
+
+
+def predict(answerer: Answerer, rows: list[dict], predictions: Predictions, options: list[str], name: str) -> list[dict]:
+    """An entry {"id", "answer", ...} of every row, from the file or new. With options also "option", the likeliest, and "likelihoods"."""
+    todo = [row for row in rows if tuple(row["id"]) not in predictions.said]
+    with tqdm(total=len(todo), desc=name, unit="item", disable=not todo) as bar:
+        for batch in answerer.batches(todo):
+            part = [todo[i] for i in batch]
+            entries = [{"id": r["id"], "task": r["task"], "audio": r["audio"], "prompt": r["prompt"], "references": r["answers"],
+                        "shots": [[s["audio"], s["answer"]] for s in r.get("shots", [])], "answer": answer}
+                       for r, answer in zip(part, answerer.batch(part))]
+            if options:
+                allowed = [listed(row["prompt"]) or options for row in part]
+                union = sorted({option for own in allowed for option in own})
+                for entry, own, likelihood in zip(entries, allowed, answerer.likelihoods(part, union)):
+                    entry["likelihoods"] = {o: round(float(likelihood[union.index(o)]), 4) for o in own}
+                    entry["option"] = max(own, key=entry["likelihoods"].get)
+            predictions.put(entries)
+            bar.update(len(batch))
+    return [predictions.said[tuple(row["id"])] for row in rows]
 
 
 # ---------------------------------------------------------------------- scores
 
-def blind_answers(rows: list[dict], train: list[dict]) -> list[str]:
-    """For each row the answer that the training rows give most often to its prompt, or else to its task."""
-    by_prompt, by_task = defaultdict(Counter), defaultdict(Counter)
-    for row in train:
-        if "answer" in row:
-            by_prompt[row["task"], row["prompt"]][row["answer"]] += 1
-            by_task[row["task"]][row["answer"]] += 1
-    return [(by_prompt.get((r["task"], r["prompt"])) or by_task[r["task"]]).most_common(1)[0][0] if by_task[r["task"]] else ""
-            for r in rows]
+Measure = Callable[[np.ndarray], float]                # numbers of items -> score
 
 
-def blind_dialogue(rows: list[dict], train: list[dict]) -> float:
-    counts = defaultdict(Counter)
-    for row in train:
-        for turn in row.get("turns", []):
-            counts[turn["user"]][turn["assistant"]] += 1
-    turns = [t for r in rows for t in r["turns"][1:]]
-    return sum(counts[t["user"]].most_common(1)[0][0] == t["assistant"] for t in turns) / len(turns)
+def measures(task: str, answers: list[str], references: list[list[str]]) -> dict[str, Measure]:
+    """What is measured of a task's answers, by name."""
+    found: dict[str, Measure] = {}
+    words = text.prefix(task) in (text.PREFIXES["AudioCaptioning"], text.PREFIXES["Dialogue"])
+    if words:
+        said, refs = [metrics.words(a) for a in answers], [[metrics.words(r) for r in rs] for rs in references]
+        cider, rouge, counts = metrics.cider_d(said, refs), metrics.rouge_l(said, refs), metrics.bleu_counts(said, refs)
+        found["CIDEr-D"] = lambda i: cider[i].mean()
+        found |= {f"BLEU-{n}": lambda i, n=n: metrics.bleu(counts[i].sum(0))[n - 1] for n in range(1, 5)}
+        found["ROUGE-L"] = lambda i: rouge[i].mean()
+    elif is_tags(task, references):
+        for name, least in (("F1", 1.0), ("F1-approx", 0.5)):
+            pairs = np.array([metrics.tag_counts(a, rs[0], least) for a, rs in zip(answers, references)])
+            found[name] = lambda i, pairs=pairs: metrics.f1(pairs[i].sum(0))
+    if not words or task == "Dialogue":
+        right = np.array([metrics.exact(a, rs) for a, rs in zip(answers, references)])
+        found["exact"] = lambda i: right[i].mean()
+    return found
 
 
-def accuracy(answers: list[str], truths: list[str]) -> float:
-    return sum(metrics.exact(a, [t]) for a, t in zip(answers, truths)) / max(1, len(truths))
+def is_tags(task: str, references: list[list[str]]) -> bool:
+    """Several labels an answer: FSD50K and its like."""
+    return task == "AudioClassification" and any("," in answers[0] for answers in references)
+
+
+def option_measures(task: str, entries: list[dict]) -> dict[str, Measure]:
+    references = [entry["references"] for entry in entries]
+    if not is_tags(task, references):
+        right = np.array([metrics.exact(entry["option"], refs) for entry, refs in zip(entries, references)])
+        return {"likeliest option": lambda i: right[i].mean()}
+    options = sorted(entries[0]["likelihoods"])
+    likelihood = np.array([[entry["likelihoods"][option] for option in options] for entry in entries])
+    true = np.array([[option in metrics.tags(refs[0]) for option in options] for refs in references])
+    return {"mAP": lambda i: metrics.mean_average_precision(likelihood[i], true[i])}
 
 
 @dataclass
-class Score:
-    name: str
+class Result:
+    task: str
+    shots: str
+    measure: str
     items: int
+    references: float              # an item, on average
     score: float
-    chance: float | None
-    blind: float
+    low: float
+    high: float
+    blind: float | None
     swapped: float | None
 
 
-QUESTION_SCORES = {  # task: (name in the table, chance)
-    "Presence": ("yes / no", 1 / 2), "Count": ("count all", 1 / 5), "CountOf": ("count of X", 1 / 4),
-    "After": ("what comes after X", 1 / 20), "Before": ("what comes before X", 1 / 20),
-    "Pitch": ("pitch of X", 1 / 2), "Length": ("length of X", 1 / 2)}
+def condition(args: Args, answerer: Answerer, tasks: dict[str, list[dict]], known: dict[str, list[str]], k: int, choice: str,
+              header: dict, stores: dict, moved: bool = False) -> dict[str, list[dict]]:
+    """Entries of every task under one number and choice of shots, or about another recording (`moved`)."""
+    name, out = f"{k}-{choice}" if k else "swapped" if moved else "0", {}
+    file = Path(args.run) / f"predictions-{Path(args.dataset).name}-{args.split}-{name}.jsonl"
+    predictions = Predictions(file, {**header, "shots": k, "shots_from": choice if k else "", "seed": args.seed if k else 0, "swapped": moved})
+    store = answerer.store
+    for task, rows in tasks.items():
+        reader = answerer
+        if k:
+            rows = [row for row in rows if not {"shots", "turns"} & set(row)]
+            if not rows or task not in known:
+                continue
+            library = Library(answerer.model, [args.dataset], task, stores=stores, device=answerer.model.lm.embed.weight.device.type)
+            rows, short = fitting(with_examples(rows, library, store, k, choice, args.seed), answerer)
+            if short:
+                print(f"{task}: {short} of {len(rows)} questions had room for fewer than {k} shots", file=sys.stderr)
+            reader = Answerer(answerer.model, answerer.tokenizer, ChainMap(library.windows, store), args.max_new)
+        out[task] = predict(reader, scores.swapped(rows) if moved else rows, predictions,
+                            known.get(task, []) if task in args.options and not moved else [], f"{task}, {name}")
+    return out
 
 
-def scores(answerer: Answerer, test: list[dict], train: list[dict], items: int = 0) -> Iterator[Score]:
-    """All scores of the embedded data set, one after the other."""
-    tasks = defaultdict(list)
-    for row in test:
-        if not items or len(tasks[row["task"]]) < items:
-            tasks[row["task"]].append(row)
-
-    def run(rows):
-        return answerer.answer(rows)
-
-    rows = tasks["AudioCaptioning"]
-    truths, blind = [r["answer"] for r in rows], blind_answers(rows, train)
-    said, moved = run(rows), run(swapped(rows))
-    yield Score("caption: event F1", len(rows), metrics.event_f1(said, truths), None, metrics.event_f1(blind, truths),
-                metrics.event_f1(moved, truths))
-    yield Score("caption: all events in order", len(rows), accuracy(said, truths), None, accuracy(blind, truths), accuracy(moved, truths))
-    for task, (name, chance) in QUESTION_SCORES.items():
-        rows = tasks[task]
-        truths = [r["answer"] for r in rows]
-        yield Score(name, len(rows), accuracy(run(rows), truths), chance, accuracy(blind_answers(rows, train), truths),
-                    accuracy(run(swapped(rows)), truths))
-    rows = tasks["Dialogue"]
-    right = [metrics.exact(row["answer"], [truth]) for row, truth in dialogue_items(rows, answerer)]
-    wrong = [metrics.exact(row["answer"], [truth]) for row, truth in dialogue_items(swapped(rows), answerer)]
-    yield Score("dialogue, turns 2 to 4", len(right), sum(right) / len(right), None, blind_dialogue(rows, train), sum(wrong) / len(wrong))
-    for task, name in (("FewShotSeen", "4-way, 4 shots, classes seen"), ("FewShotUnseen", "4-way, 4 shots, classes never seen")):
-        rows = tasks[task]
-        truths = [r["answer"] for r in rows]
-        yield Score(name, len(rows), accuracy(run(rows), truths), 1 / 4, 1 / 4, accuracy(run(swapped(rows)), truths))
-        bare = [{k: v for k, v in r.items() if k != "shots"} for r in rows]
-        yield Score(name.replace("4 shots", "0 shots"), len(rows), accuracy(run(bare), truths), 1 / 4, 0.0, None)
-    rows = tasks["Pool"]
-    truths = [r["answer"] for r in rows]
-    for how in ("nearest", "random"):
-        shot = with_pool_shots(rows, answerer.store, how)
-        yield Score(f"pool of 12, 4 {how} shots", len(rows), accuracy(run(shot), truths), 1 / 12, 1 / 12,
-                    accuracy(run(swapped(shot)), truths))
+def all_results(args: Args, answerer: Answerer, stores: dict) -> list[Result]:
+    """Every task under every condition."""
+    folder, results = Path(args.dataset), []
+    rows, train = (manifest.read_rows(folder / f"{split}.jsonl") for split in (args.split, "train"))
+    tasks, trained = questions(rows, args.items), questions([row for row in train if "retrieved" not in row])
+    known = {task: sorted({o.lower() for r in rows for a in r["answers"] for o in (metrics.tags(a) if is_tags(task, [[a]]) else [a])})
+             for task, rows in trained.items()}
+    for task in args.options:
+        if task not in tasks or task not in known:
+            raise UserError(f"--options {task}: no such task in both {args.split}.jsonl and train.jsonl; there are {', '.join(set(tasks) & set(known))}")
+    header = {"weights": hashlib.sha256((Path(args.run) / "model.safetensors").read_bytes()).hexdigest()[:16],
+              "data": hashlib.sha256(b"".join((folder / f"{s}.jsonl").read_bytes() for s in (args.split, "train"))).hexdigest()[:16],
+              "decoding": {"temperature": 0, "max_new": args.max_new}, "options": sorted(args.options)}
+    moved = condition(args, answerer, tasks, known, 0, "", header, stores, moved=True) if args.swapped else {}
+    blind = {task: scores.blind_answers(rows, [{k: r[k] for k in ("task", "prompt", "answers")} for r in trained.get(task, [])])
+             for task, rows in tasks.items()}
+    for k, choice in [(k, choice) for k in args.shots or [0] for choice in (args.shots_from if k else [""])]:
+        for task, entries in condition(args, answerer, tasks, known, k, choice, header, stores).items():
+            references, everything = [entry["references"] for entry in entries], np.arange(len(entries))
+            found = measures(task, [entry["answer"] for entry in entries], references)
+            guessed = measures(task, [dict(zip((str(r["id"]) for r in tasks[task]), blind[task]))[str(e["id"])] for e in entries], references)
+            wrong = measures(task, [e["answer"] for e in moved[task]], references) if task in moved and not k else {}
+            if task in args.options:
+                found |= option_measures(task, entries)
+            own = "own" if not k and entries[0]["shots"] else f"{k} {choice}".strip()
+            for name, measure in found.items():
+                low, high = metrics.interval(measure, len(entries), 100 if name == "mAP" else 1000)
+                results.append(Result(task, own, name, len(entries), round(float(np.mean([len(r) for r in references])), 2),
+                                      float(measure(everything)), low, high, *(
+                                          float(other[name](everything)) if name in other else None for other in (guessed, wrong))))
+    return results
 
 
-def plain_scores(answerer: Answerer, test: list[dict], train: list[dict], items: int = 0) -> Iterator[Score]:
-    """Share of exact answers for every task of a data set that this file does not know more about."""
-    tasks = defaultdict(list)
-    for row in test:
-        if "turns" not in row and (not items or len(tasks[row["task"]]) < items):
-            tasks[row["task"]].append({"answer": row.get("answers", [""])[0], **row})
-    for task, rows in sorted(tasks.items()):
-        truths = [r.get("answers", [r["answer"]]) for r in rows]
-        options = len({r["answer"] for r in rows})
-        said, moved, blind = answerer.answer(rows), answerer.answer(swapped(rows)), blind_answers(rows, train)
-        right, wrong, guessed = (sum(map(metrics.exact, a, truths)) / len(rows) for a in (said, moved, blind))
-        yield Score(f"{task}: exact", len(rows), right, 1 / options if task == "AudioClassification" else None, guessed, wrong)
-
-
-def table(results: list[Score]) -> str:
+def table(results: list[Result]) -> str:
     def cell(value):
         return "   -  " if value is None else f"{value:6.3f}"
-    lines = [f"{'task':36s} {'items':>6s} {'score':>7s} {'chance':>7s} {'blind':>7s} {'swapped':>8s}"]
-    lines += [f"{s.name:36s} {s.items:6d}  {cell(s.score)}  {cell(s.chance)}  {cell(s.blind)}   {cell(s.swapped)}" for s in results]
+    lines = [f"{'task':20s} {'shots':10s} {'measure':16s} {'items':>6s} {'refs':>5s}  {'score':>6s}  {'[95 %]':14s} {'blind':>6s} {'swapped':>8s}"]
+    lines += [f"{r.task:20s} {r.shots:10s} {r.measure:16s} {r.items:6d} {r.references:5.2f}  {cell(r.score)}  [{r.low:.3f}, {r.high:.3f}] "
+              f"{cell(r.blind)} {cell(r.swapped):>8s}" for r in results]
     return "\n".join(lines)
 
 
-def transcript(answerer: Answerer, test: list[dict]) -> str:
-    """One dialogue, in which the model's own answers stand, and one few-shot episode, beside the right answers."""
-    row = next(r for r in test if r["task"] == "Dialogue" and len(r["turns"]) >= 3)
-    turns, lines = [], [f"A dialogue about {row['audio']} ({row['description']}):"]
-    for turn in row["turns"]:
-        answer = answerer.answer([{**row, "turns": [*turns, {**turn, "assistant": ""}]}])[0]
-        turns.append({"user": turn["user"], "assistant": answer or "?"})
-        lines.append(f"    {turn['user']:34s} {answer:12s} (right: {turn['assistant']})")
-    row = next(r for r in test if r["task"] == "FewShotUnseen")
-    lines.append("A few-shot episode, made-up words for sounds that no stage of training has heard:")
-    lines += [f"    {s['audio']:34s} {s['answer']}" for s in row["shots"]]
-    lines.append(f"    {row['audio']:34s} {answerer.answer([row])[0]:12s} (right: {row['answer']})")
-    return "\n".join(lines)
+def general(args: Args) -> list[Result]:
+    """Score any prepared data set; print the table and what it was measured with; write scores-<data set>.json."""
+    started, folder = time.time(), Path(args.dataset)
+    manifest.read_card(folder)
+    device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
+    model, tokenizer = checkpoint.load_run(Path(args.run), device)
+    if max(args.shots, default=0) >= model.config.representation.max_audios:
+        raise UserError(f"--shots {max(args.shots)}: this model takes {model.config.representation.max_audios} audios, the question's included")
+    rows = manifest.read_rows(folder / f"{args.split}.jsonl")
+    if not questions(rows):
+        raise UserError(f"{folder}: its {args.split} split is empty; nothing to score (train.py --no-evaluate trains without scores)")
+    store = Store(folder, model.encoder, model.config.audio, model.config.clap.out_width)
+    store.add(data.recordings(rows), lambda todo: tqdm(todo, f"encoding {args.split} split", unit="rec", disable=not todo))
+    results = all_results(args, Answerer(model, tokenizer, store, args.max_new), {folder: store})
+    print(table(results))
+    for task, asked in questions(rows).items():
+        prompts = sorted({row["prompt"] for row in asked})
+        print(f"{task}: {text.prefix(task) + prompts[0]!r}" + (f" and {len(prompts) - 1} other prompts" if prompts[1:] else ""))
+    print(f"greedy decoding, at most {args.max_new} tokens, {time.time() - started:.0f} s; answers: {args.run}/predictions-{folder.name}-*.jsonl")
+    checkpoint.write_json(Path(args.run) / f"scores-{folder.name}.json", [asdict(r) for r in results])
+    return results
 
 
-def report(run: Path, folders, items: int = 0) -> list[Score]:
-    """Score a run on the first data set's test split; print the table and write scores.json."""
-    folder, started = Path(folders[0][0]), time.time()
+def embedded(run: Path, folder: Path, items: int = 0) -> list[scores.Score]:
+    """The table of the README and two transcripts; writes scores.json."""
+    started, test = time.time(), manifest.read_rows(folder / "test.jsonl")
     model, tokenizer = checkpoint.load_run(run)
-    test, train = (manifest.read_rows(folder / f"{split}.jsonl") for split in ("test", "train"))
-    if not test:
-        raise UserError(f"{folder}: its test split is empty; nothing to score (train.py --no-evaluate trains without scores)")
     store = Store(folder, model.encoder, model.config.audio, model.config.clap.out_width)
     store.add(data.recordings(test), lambda todo: tqdm(todo, "encoding test split", unit="rec", disable=not todo))
-    answerer = Answerer(model, tokenizer, store)
-    embedded = any(row["task"] == "FewShotSeen" for row in test)
-    measure = scores if embedded else plain_scores
-    results = list(tqdm(measure(answerer, test, train, items), "scoring", unit="task"))
-    from . import plots  # matplotlib is slow to import, and only this function draws
-    plots.report(Path(run), model, tokenizer, folder)
-    print(table(results))
-    if embedded:
-        print(transcript(answerer, test))
+    answerer, train = Answerer(model, tokenizer, store, MAX_NEW), manifest.read_rows(folder / "train.jsonl")
+    results = list(tqdm(scores.scores(answerer, test, train, items), "scoring", unit="task"))
+    print(scores.table(results), scores.transcript(answerer, test), sep="\n")
     print(f"greedy decoding, {sum(s.items for s in results)} items, {time.time() - started:.0f} s")
     checkpoint.write_json(Path(run) / "scores.json", [vars(s) for s in results])
     return results
 
 
+def is_embedded(folder: Path) -> bool:
+    return any(row["task"] == "FewShotSeen" for row in manifest.read_rows(folder / "test.jsonl"))
+
+
+def report(run: Path, folders, items: int = 0) -> list:
+    """Score a run on the first data set's test split, print the table, draw report.png: what train.py ends with."""
+    run, folder = Path(run), Path(folders[0][0])
+    results = embedded(run, folder, items) if is_embedded(folder) else general(Args(run=str(run), dataset=str(folder), items=items))
+    from . import plots  # matplotlib is slow to import, and only this function draws
+    plots.report(run, *checkpoint.load_run(run), folder)
+    return results
+
+
 def main() -> None:
+    if "--claims" in sys.argv:
+        from . import claims
+        return claims.main()
     args = cli.parse(Args, description=__doc__)
-    torch.set_num_threads(max(1, torch.get_num_threads()))
-    report(Path(args.run), data.parse_data([args.dataset]), args.items)
+    cli.at_least(args, items=0, max_new=1, seed=0)
+    if min(args.shots, default=0) < 0:
+        raise UserError(f"--shots {min(args.shots)}: expected 0 or more")
+    if "/" not in args.dataset and not Path(args.dataset).exists():
+        args = replace(args, dataset=f"data/{args.dataset}")
+    folders = data.parse_data([args.dataset])
+    if args.shots or args.options or args.split != "test" or not is_embedded(folders[0][0]):
+        general(args)
+    else:
+        report(Path(args.run), folders, args.items)
 
 
 if __name__ == "__main__":
