@@ -2,6 +2,10 @@
 
     python prepare_data.py --dataset scenes                     the embedded data set (about a minute)
     python prepare_data.py --dataset folder --source DIR        your own recordings with a CSV of file,answer
+    python prepare_data.py --dataset clotho [--limit 100]       a public data set, downloaded
+    python prepare_data.py --dataset wavcaps --source DIR       a public data set whose archives or recordings you have
+    python prepare_data.py --list                               all public data sets, and what of them is on disk
+    python prepare_data.py --check data/clotho                  is everything there, whole, and in one split only?
 """
 from __future__ import annotations
 
@@ -10,18 +14,22 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from af_min import cli, folder, manifest, scenes
+from af_min import cli, datasets, folder, manifest, scenes
 from af_min.cli import UserError, flag
 
 
 @dataclass(frozen=True)
 class Args:
-    dataset: str = flag("scenes", "which data set", choices=("scenes", "folder"))
-    source: str = flag("", "folder: where your recordings and the CSV are")
+    dataset: str = flag("scenes", "which data set", choices=("scenes", "folder", *datasets.TABLE))
+    source: str = flag("", "where your recordings and the CSV are, or a public data set's archives or unpacked files")
+    mirror: str = flag("", "another address that has a public data set's files")
+    limit: int = flag(0, "recordings of each split of a public data set; 0: all")
     labels_from_names: bool = flag(False, "folder: without a CSV, the answer is the file's name")
-    sample_rate: int = flag(44_100, "folder: Hz of the stored recordings")
+    sample_rate: int = flag(44_100, "Hz of the stored recordings")
     out: str = flag("", "where to write; data/<dataset> if not given")
     seed: int = flag(0, "seed of what is generated and of the split")
+    list: bool = flag(False, "list the public data sets and stop")
+    check: str = flag("", "check a prepared data set and stop")
 
 
 def prepare_scenes(out: Path, seed: int = 0, sizes: scenes.Sizes = scenes.Sizes()) -> dict:
@@ -36,18 +44,32 @@ def prepare_scenes(out: Path, seed: int = 0, sizes: scenes.Sizes = scenes.Sizes(
 
 def main() -> None:
     args = cli.parse(Args, description=__doc__)
-    cli.at_least(args, seed=0, sample_rate=1000)
+    cli.at_least(args, seed=0, sample_rate=1000, limit=0)
     out = Path(args.out or f"data/{args.dataset}")
-    if args.dataset == "scenes":
+
+    def progress(items, what="recordings"):
+        return tqdm(items, what, unit="file", mininterval=0.5)
+
+    if args.list:
+        print(datasets.listing(Path("data")))
+    elif args.check:
+        wrong = manifest.check(args.check, progress)
+        print("\n".join(wrong))
+        if wrong:
+            raise UserError(f"{args.check}: {len(wrong)} things are wrong (above); prepare it again")
+        print(f"{args.check}: every row, every recording and the splits are in order")
+    elif args.dataset == "scenes":
         card = prepare_scenes(out, args.seed)
         for split, facts in card["splits"].items():
             print(f"{split}: {facts['rows']} rows: " + ", ".join(f"{task} {count}" for task, count in facts["tasks"].items()))
         print(f"{out}: {card['hours']:.2f} h, {len(card['classes'])} classes, sha256 {card['sha256']}")
+    elif args.dataset != "folder":
+        print(datasets.prepare(args.dataset, out, args.source, args.mirror, args.limit, args.sample_rate, args.seed, progress))
     elif not args.source:
         raise UserError("--dataset folder: --source is missing, the folder that holds your recordings")
     else:
         print(folder.import_folder(args.source, out, args.sample_rate, seed=args.seed, labels_from_names=args.labels_from_names,
-                                   progress=lambda names: tqdm(names, "recordings", unit="file", mininterval=0.5)))
+                                   progress=progress))
 
 
 if __name__ == "__main__":

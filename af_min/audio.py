@@ -101,6 +101,8 @@ def _open(path) -> soundfile.SoundFile:
         raise AudioError(path, "empty", "the file has 0 bytes")
     try:
         file = soundfile.SoundFile(path)
+        if file.format == "RAW":                                # any bytes, for libsndfile, where the name ends in .au
+            raise TypeError("no header")
     except (soundfile.SoundFileError, TypeError) as error:      # TypeError: a headerless format by its name
         raise AudioError(path, "unreadable", f"not an audio file that libsndfile knows ({error})") from None
     if file.frames == 0:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import json
 import os
 import re
 import unicodedata
@@ -33,6 +34,7 @@ from .cli import UserError
 PROMPTS = {"AudioClassification": "classify this sound.", "AudioCaptioning": "describe the sound in a sentence."}
 SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
                "test": "test", "testing": "test", "eval": "test"}
+FORM = ("task", "prompt", "answer", "answers", "turns")       # fields of a row that an entry brings
 ADVICE = "put a CSV with the header file,answer (or file,prompt,answer) into it"
 
 
@@ -73,33 +75,54 @@ def import_folder(source, out, sample_rate: int, *, seed: int = 0, val: float = 
     if table and not labels_from_names:
         report.problems["no usable row in the CSV"] += [name for name in files.values() if name not in named]
 
+    return write_dataset(out, entries, {name: source / name for name in named}, report, sample_rate, where=str(source), seed=seed,
+                         val=val, test=test, max_seconds=max_seconds, progress=progress,
+                         source=f"imported from the folder {source.resolve().name}", licence="its owner's")
+
+
+def write_dataset(out, entries: list[dict], paths: dict[str, Path], report: Report, sample_rate: int, *, where: str, seed: int = 0,
+                  val: float = 0.1, test: float = 0.2, max_seconds: float = 60.0, progress: Callable[[Iterable], Iterable] = iter,
+                  **facts) -> Report:
+    """Write the data set `out`: the one way for every recording that comes in.
+
+    An entry is {"file"} and "answer", "answers" or "turns", and where wanted "task", "prompt", "split" and "group" (what must
+    not be in two splits, such as a speaker; a recording by itself if not given). `paths`: where each file lies. `where`: what an
+    error names. `facts` go into the card.
+    """
     with manifest.dataset_folder(out) as folder:
         (folder / "audio").mkdir()
         stored = {}                                        # file -> (content hash, seconds)
-        for name in progress(sorted(named)):
+        for name in progress(sorted({entry["file"] for entry in entries})):
             try:
-                stored[name] = _store(source / name, folder / "audio", sample_rate, max_seconds, report, name)
+                stored[name] = _store(paths[name], folder / "audio", sample_rate, max_seconds, report, name)
             except AudioError as error:
                 report.problems[error.reason].append(name)
         entries = _distinct([entry for entry in entries if entry["file"] in stored], stored, report)
         if not entries:
             found = "; ".join(f"{reason}: {len(names)}, e.g. {names[0]}" for reason, names in report.problems.items() if names)
-            raise UserError(f"{source}: no usable recording ({found or 'no wav, flac, ogg or mp3 in it'})")
+            raise UserError(f"{where}: no usable recording ({found or 'no wav, flac, ogg or mp3 in it'})")
         _fill_in(entries)
-        splits = _split(entries, stored, seed, val, test, report)
-        report.problems = {reason: found for reason, found in report.problems.items() if found}
-        rows = defaultdict(list)
+        splits = _split(entries, stored, seed, val, test)
+        rows, kept = defaultdict(list), []
         for entry in entries:
             content, seconds = stored[entry["file"]]
-            rows[splits[content]].append({
-                "audio": f"audio/{content}.flac", "start": 0.0, "task": entry["task"], "prompt": entry["prompt"],
-                "answer": entry["answer"], "seconds": seconds, "file": entry["file"]})
+            if entry.get("split") and SPLIT_NAMES[entry["split"].lower()] != splits[content]:
+                report.problems["the same sound in another split"].append(entry["file"])
+                continue
+            kept.append(entry)
+            rows[splits[content]].append(
+                {"audio": f"audio/{content}.flac", "start": 0.0} | {name: entry[name] for name in FORM if entry.get(name)}
+                | {"seconds": seconds, "file": entry["file"]})
+        used = {row["audio"] for split in rows.values() for row in split}
+        for path in (folder / "audio").iterdir():
+            if f"audio/{path.name}" not in used:
+                path.unlink()
         for split in manifest.SPLITS:
             manifest.write_rows(folder / f"{split}.jsonl", rows[split])
+        report.problems = {reason: found for reason, found in report.problems.items() if found}
         report.card = manifest.write_card(
-            folder, name=Path(out).name, source=f"imported from the folder {source.resolve().name}", licence="its owner's",
-            sample_rate=sample_rate, seed=seed, recordings=len(splits), classes=len({entry["answer"] for entry in entries}),
-            not_used=report.problems)
+            folder, name=Path(out).name, **facts, sample_rate=sample_rate, seed=seed, recordings=len(used),
+            classes=len({_said(entry) for entry in kept}), not_used=report.problems)
     return report
 
 
@@ -198,7 +221,7 @@ def _distinct(entries: list[dict], stored: dict, report: Report) -> list[dict]:
     """Entries without exact repetitions (a row given twice, or a copy of a file with the same answer)."""
     seen, kept = {}, []
     for entry in entries:
-        key = (stored[entry["file"]][0], entry.get("prompt", ""), entry["answer"])
+        key = (stored[entry["file"]][0], entry.get("prompt", ""), _said(entry))
         if key in seen:
             report.problems["the same sound and answer again"].append(f"{entry['file']} (as {seen[key]})")
         else:
@@ -207,42 +230,48 @@ def _distinct(entries: list[dict], stored: dict, report: Report) -> list[dict]:
     return kept
 
 
+def _said(entry: dict) -> str:
+    """What the entry answers, as one text."""
+    return entry.get("answer") or json.dumps(entry.get("answers") or entry["turns"], ensure_ascii=False)
+
+
 def _fill_in(entries: list[dict]) -> None:
     """Task and prompt where the CSV has none: a question with its own prompt is AQA; otherwise answers that repeat
     (on average at least twice) are class names, and answers that differ are captions."""
-    answers = [entry["answer"] for entry in entries if not entry.get("prompt")]
+    answers = [entry["answer"] for entry in entries if entry.get("answer") and not entry.get("prompt")]
     default = "AudioClassification" if len(answers) >= 2 * len(set(answers)) else "AudioCaptioning"
     for entry in entries:
         entry["task"] = entry.get("task") or ("AQA" if entry.get("prompt") else default)
-        entry["prompt"] = entry.get("prompt") or PROMPTS.get(entry["task"], PROMPTS[default])
+        if "turns" not in entry:
+            entry["prompt"] = entry.get("prompt") or PROMPTS.get(entry["task"], PROMPTS[default])
 
 
-def _split(entries: list[dict], stored: dict, seed: int, val: float, test: float, report: Report) -> dict[str, str]:
-    """Content hash -> split. A given split wins; the rest is sampled so that every answer gets its share of every split.
+def _split(entries: list[dict], stored: dict, seed: int, val: float, test: float) -> dict[str, str]:
+    """Content hash -> split. A given split wins, the first one if a sound has two; the rest is sampled so that every answer gets
+    its share of every split.
 
-    Recordings are sorted by answer and, inside an answer, by a hash with the seed; every (1 / share)-th goes to the
-    split. An answer that only one recording has stays in training, unless all are like that (captions).
+    Groups are sorted by answer and, inside an answer, by a hash with the seed; every (1 / share)-th goes to the split. An
+    answer that only one group has stays in training, unless all are like that (captions).
     """
-    given, answer_of = {}, {}
+    given, answer_of, group_of = {}, {}, {}
     for entry in entries:
         content = stored[entry["file"]][0]
-        answer_of.setdefault(content, entry["answer"])
+        group = group_of.setdefault(content, entry.get("group") or content)
+        answer_of.setdefault(group, _said(entry))
         if entry.get("split"):
-            split = SPLIT_NAMES[entry["split"].lower()]
-            if given.setdefault(content, split) != split:
-                report.problems["a second split for the same sound (the first one counts)"].append(entry["file"])
+            given.setdefault(group, SPLIT_NAMES[entry["split"].lower()])
 
-    def shuffled(content: str) -> str:
-        return hashlib.sha256(f"{seed} {content}".encode()).hexdigest()
+    def shuffled(group: str) -> str:
+        return hashlib.sha256(f"{seed} {group}".encode()).hexdigest()
 
     count = Counter(answer_of.values())
     repeats = any(number > 1 for number in count.values())
-    free = sorted((content for content, answer in answer_of.items() if content not in given and (count[answer] > 1 or not repeats)),
-                  key=lambda content: (answer_of[content] if repeats else "", shuffled(content)))
+    free = sorted((group for group, answer in answer_of.items() if group not in given and (count[answer] > 1 or not repeats)),
+                  key=lambda group: (answer_of[group] if repeats else "", shuffled(group)))
     splits = dict.fromkeys(answer_of, "train") | given
     for split, share in (("test", test), ("val", val / (1 - test))):
         offset = int(shuffled(split)[:8], 16) / 2 ** 32
-        chosen = {content for i, content in enumerate(free) if int((i + 1) * share + offset) > int(i * share + offset)}
+        chosen = {group for i, group in enumerate(free) if int((i + 1) * share + offset) > int(i * share + offset)}
         splits |= dict.fromkeys(chosen, split)
-        free = [content for content in free if content not in chosen]
-    return splits
+        free = [group for group in free if group not in chosen]
+    return {content: splits[group] for content, group in group_of.items()}

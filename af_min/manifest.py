@@ -19,9 +19,12 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
+import soundfile
+
+from . import audio
 from .cli import UserError
 
 SPLITS = ("train", "val", "test")
@@ -160,3 +163,49 @@ def dataset_hash(folder) -> str:
                 while block := file.read(1 << 20):
                     digest.update(block)
     return digest.hexdigest()
+
+
+def check(folder, progress: Callable[[Iterable], Iterable] = iter) -> list[str]:
+    """All that is wrong with a prepared data set, each with its file or line; [] if nothing is.
+
+    Every row has its fields, every recording (of rows, shots and pools) opens and decodes to its end, `start` lies inside of
+    it, and no recording stands in two splits, neither by name nor by its decoded samples.
+    """
+    folder, wrong = Path(folder), []
+    starts, splits = {}, {}                                # recording -> latest start, {split: a row that has it}
+    read_card(folder)
+    for split in SPLITS:
+        path = folder / f"{split}.jsonl"
+        try:
+            lines = path.read_text("utf-8-sig").split("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            wrong.append(f"{path}: cannot be read ({error})")
+            continue
+        for number, line in enumerate(lines, 1):
+            try:
+                row = _row(line, f"{path}:{number}") if line.strip() else {"audio": ""}
+            except UserError as error:
+                wrong.append(str(error))
+                continue
+            splits.setdefault(row["audio"], {}).setdefault(split, f"{path.name}:{number}")
+            for part in (row, *row.get("shots", []), *row.get("pool", [])):
+                if isinstance(part, dict) and part.get("audio"):
+                    starts[part["audio"]] = max(starts.get(part["audio"], 0.0), part.get("start", 0.0))
+    contents = {}                                          # hash of the samples -> name, splits
+    for name in progress(sorted(starts)):
+        try:
+            seconds = audio.inspect(folder / name)
+            samples = audio.load(folder / name, soundfile.info(folder / name).samplerate).samples
+        except audio.AudioError as error:
+            wrong.append(str(error))
+            continue
+        if not starts[name] < seconds:
+            wrong.append(f"{folder / name}: start {starts[name]} s lies outside its {seconds:.2f} s")
+        mine = splits.get(name, {})
+        if len(mine) > 1:
+            wrong.append(f"{folder / name}: in the splits {' and '.join(mine)} ({', '.join(mine.values())})")
+        first, others = contents.setdefault(hashlib.sha256(samples.tobytes()).digest(), (name, mine))
+        if mine and others and len({*mine, *others}) > 1 and first != name:
+            rows = ", ".join([*mine.values(), *others.values()])
+            wrong.append(f"{folder / name}: the same sound as {first}, in another split ({rows})")
+    return wrong

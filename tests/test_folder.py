@@ -186,8 +186,8 @@ def test_a_split_that_does_not_exist_and_one_that_contradicts(src, out):
     csv(src, "file,answer,split\na.wav,x,train\na.wav,y,test\nb.wav,z,later\n")
     report = import_folder(src, out, RATE)
     assert report.problems["row with a split that is not train, val or test"] == ["labels.csv:4 (later)"]
-    assert report.problems["a second split for the same sound (the first one counts)"] == ["a.wav"]
-    assert [row["split"] for row in rows_of(out)] == ["train", "train"]
+    assert report.problems["the same sound in another split"] == ["a.wav"]
+    assert [(row["split"], row["answer"]) for row in rows_of(out)] == [("train", "x")]
 
 
 def refused(src, out, *expected, **settings):

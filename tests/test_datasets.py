@@ -1,0 +1,320 @@
+"""Every public data set: its published layout, served by a web server on this machine, goes through the real download code, is
+prepared, checked, and trained on. Everything usable is used in its split; everything else is named."""
+import dataclasses
+import hashlib
+import json
+import shutil
+
+import numpy as np
+import pytest
+import soundfile
+
+import prepare_data
+import published
+from af_min import audio, data, datasets, download, manifest
+from af_min.cli import UserError
+from af_min.folder import import_folder
+from local_server import serve, split_zip
+from test_download import make_7z, make_tar, make_zip
+from training import TRAIN, run_main
+
+RATE = 16_000
+EVENTS, OPTIONS = "classify this sound.\noptions:\n - ", ".\n - "
+CAPTION = "describe the sound in a sentence."
+# Rows of train, val and test; one row of them (its split, task, prompt, answer or answers); what is not used, and why.
+EXPECTED = {
+    "clotho": ((2, 1, 2), ("train", "AudioCaptioning", CAPTION, [f"Rain, heard {i} times" for i in range(5)]),
+               {"the same sound in another split": ["development/again.wav"], "recording that is not there": ["development/gone.wav"],
+                "row with an empty field": ["clotho_captions_validation.csv:3"]}),
+    "clotho_aqa": ((1, 1, 1), ("train", "AQA", "please answer this question: Are there waves?\noptions:\nyes.\nno.",
+                               ["yes", "yes", "no", "yes", "yes", "yes"]), {}),
+    "esc50": ((6, 2, 2), ("test", "EventClassification", f"{EVENTS}crackling fire{OPTIONS}dog.", "dog"), {}),
+    "nsynth": ((5, 2, 2), ("train", "QualityClassification", "what are the qualities of the music?", "dark, long_release"), {}),
+    "urbansound8k": ((1, 2, 2), ("test", "EventClassification", f"{EVENTS}dog bark{OPTIONS}siren.", "siren"),
+                     {"truncated": ["UrbanSound8K/audio/fold1/11-1-0-0.wav"]}),
+    "fsd50k": ((1, 1, 2), ("train", "EventClassification", "describe this sound in the order from specific to general.",
+                           "Electric guitar, Guitar, Music"),
+               {"row with a split that is not train, val or test": ["FSD50K.dev_audio/FSD50K.dev_audio/12.wav (later)"]}),
+    "ravdess": (20, (None, "EmotionClassification", "what is the emotion of this speech?\noptions:\n - angry.\n - calm.\n - disgusted.\n"
+                     " - fearful.\n - happy.\n - neutral.\n - sad.\n - surprised.", "disgusted"), {}),
+    "crema_d": (20, (None, "EmotionClassification", "what is the emotion of this speech?\noptions:\n - angry.\n - disgusted.\n"
+                     " - fearful.\n - happy.\n - neutral.\n - sad.", "angry"), {}),
+    "medley_solos": ((2, 1, 1), ("val", "InstrumentClassification", "what is the instrument of this music?\noptions:\n - clarinet.\n"
+                                 " - flute.\n - tenor saxophone.", "flute"), {}),
+    "macs": ((8, 0, 0), ("train", "AudioCaptioning", CAPTION, ["birds sing and a car 10 passes", "it's a park 10"]), {}),
+    "cochlscene": ((2, 2, 2), ("val", "SceneClassification", "classify this sound.\noptions:\n - bus.\n - cafe.\n - car.\n"
+                               " - crowdedindoor.\n - elevator.\n - kitchen.\n - park.\n - residentialarea.\n - restaurant.\n"
+                               " - restroom.\n - street.\n - subway.\n - subwaystation.", "subwaystation"), {}),
+    "nonspeech7k": ((18, 2, 1), ("test", "EventClassification", "classify this sound.\noptions:\n - breath.\n - cough.\n - crying.\n"
+                                 " - laugh.\n - screaming.\n - sneeze.\n - yawn.", "laugh"),
+                    {"cut of a recording that is in the test split": ["x.wav"],
+                     "row with an empty field": ["metadata of train set .csv:23"]}),
+    "gtzan": (20, (None, "GenreClassification", "what is the genre of this music?\noptions:\n - blues.\n - classical.\n - country.\n"
+                   " - disco.\n - hiphop.\n - jazz.\n - metal.\n - pop.\n - reggae.\n - rock.", "rock"),
+              {"unreadable": ["genres/jazz/jazz.00054.au"]}),
+    "tut2017": ((0, 0, 4), ("test", "SceneClassification", f"{EVENTS}bus{OPTIONS}cafe/restaurant{OPTIONS}forest path.", "forest path"), {}),
+    "audiocaps": ((1, 1, 1), ("val", "AudioCaptioning", CAPTION, ["Wind", "It blows"]), {"recording that is not there": ["gone_0"]}),
+    "musiccaps": ((1, 0, 1), ("train", "MusicCaptioning", "describe the music in a paragraph.", "A song.\nIt is slow."), {}),
+    "wavcaps": ((4, 0, 0), ("train", "AudioCaptioning", CAPTION, "A gong."),
+                {"in an evaluation split of audiocaps": ["Yb.wav"], "in an evaluation split of clotho": ["2"]}),
+    "music_avqa": ((1, 0, 1), ("train", "AQA", "please answer this question: Is the flute louder than the piano?\noptions:\nyes.\nno.",
+                               "yes"), {}),
+    "dialogues": ((1, 0, 1), None, {"dialogue that is malformed": [f"chat.json item {n}: {reason}" for n, reason in (
+        (2, "turns: expected a list of"), (3, "audio: expected a path inside the data set, got None"), (4, "turns: expected"),
+        (5, "split: expected train, val or test, got 7"), (6, "audio: expected a path inside the data set"))]}),
+}
+
+
+def publish(site, content: dict) -> None:
+    """Write what a set's authors publish: archives of any kind, cut into parts where `name/number` says so."""
+    site.mkdir(parents=True, exist_ok=True)
+    for name, what in content.items():
+        name, _, extra = name.partition("/")
+        if isinstance(what, bytes):
+            (site / name).write_bytes(what)
+        else:
+            (make_7z if name.endswith("7z") else make_zip if name.endswith("zip") else make_tar)(site / name, what)
+        if extra:
+            whole = (site / name).read_bytes()
+            directory = int.from_bytes(whole[-6:-2], "little") + 4
+            assert len(split_zip(site / name, directory // int(extra))) == int(extra) + 1
+
+
+def lay_out(name: str, folder, patch) -> str:
+    """Publish a set in folder/site, put the user's files into folder/mine; the table gets the checksums of this copy."""
+    content, brought = getattr(published, name)()
+    publish(folder / "site", content)
+    for path, what in brought.items():
+        (folder / "mine" / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "mine" / path).write_bytes(what)
+    entry = datasets.TABLE[name]
+    files = tuple(dataclasses.replace(file, checksum=file.checksum and hashlib.new(
+        "md5" if len(file.checksum) == 32 else "sha256", (folder / "site" / file.name).read_bytes()).hexdigest()) for file in entry.files)
+    patch.setitem(datasets.TABLE, name, dataclasses.replace(entry, files=files, gigabytes=0.0))
+    patch.setattr(download, "PAUSE", 0.0)
+    return str(folder / "mine") if brought else ""
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """{name: (folder of the data set, report)} of all sets, downloaded once through a line that breaks."""
+    found = {}
+    with pytest.MonkeyPatch.context() as patch:
+        for name in datasets.TABLE:
+            folder = tmp_path_factory.mktemp(name)
+            source = lay_out(name, folder, patch)
+            with serve(folder / "site") as (address, state):
+                state.cut = [100, 200]
+                found[name] = folder / "data" / name, datasets.prepare(name, folder / "data" / name, source, address, sample_rate=RATE)
+    return found
+
+
+def rows_of(out) -> list[dict]:
+    return [row | {"split": split} for split in manifest.SPLITS for row in manifest.read_rows(out / f"{split}.jsonl")]
+
+
+@pytest.mark.parametrize("name", datasets.TABLE)
+def test_the_published_layout_becomes_rows(prepared, name, tokenizer):
+    out, report = prepared[name]
+    counts, example, problems = EXPECTED[name]
+    rows = rows_of(out)
+    if isinstance(counts, int):                                        # sampled splits
+        assert len(rows) == counts and {row["split"] for row in rows} == set(manifest.SPLITS)
+    else:
+        assert tuple(report.card["splits"][split]["rows"] for split in manifest.SPLITS) == counts
+    if example:
+        split, task, prompt, answer = example
+        form = "answer" if isinstance(answer, str) else "answers"
+        assert any((split in (None, row["split"]), row["task"], row["prompt"], row.get(form)) == (True, task, prompt, answer) for row in rows)
+    assert {reason: len(names) for reason, names in report.problems.items()} == {reason: len(names) for reason, names in problems.items()}
+    for reason, names in problems.items():
+        assert all(got.split("unpacked/")[-1].endswith(want) or want in got for got, want in zip(report.problems[reason], names)), report.problems
+    assert report.card["licence"] == datasets.TABLE[name].licence and report.card == manifest.read_card(out)
+    assert manifest.check(out) == []
+    assert len(data.tokenized(rows, tokenizer, 512)[0]) == sum(len(row.get("answers", [0])) for row in rows)
+    assert not (out.parent / "downloads" / name / "unpacked").exists() and not list(out.parent.rglob("*.part"))
+
+
+def test_speakers_stand_in_one_split(prepared):
+    for name in ("ravdess", "crema_d"):
+        where = {}
+        for row in rows_of(prepared[name][0]):
+            actor = row["file"][-6:-4] if name == "ravdess" else row["file"].rsplit("/")[-1][:4]
+            assert where.setdefault(actor, row["split"]) == row["split"]
+        assert len(where) == 10 and set(where.values()) == set(manifest.SPLITS)
+
+
+def test_the_right_file_of_several_with_its_name(prepared, tmp_path):
+    """nonspeech7k has x.wav in both archives, fsd50k 10.wav in both folders, clotho b.wav in two, wavcaps 1.flac."""
+    for name, file, split, seed, rate in (("nonspeech7k", "/x.wav", "test", 51, 32_000), ("fsd50k", "/10.wav", "test", 100, RATE),
+                                          ("fsd50k", "/10.wav", "train", 10, RATE), ("clotho", "/b.wav", "test", 3, RATE),
+                                          ("clotho", "/b.wav", "train", 1, RATE), ("wavcaps", "SoundBible/1.flac", "train", 5, 32_000)):
+        row, = (row for row in rows_of(prepared[name][0]) if row["file"].endswith(file) and row["split"] == split)
+        (tmp_path / "x.wav").write_bytes(published.wav(seed, rate))
+        want, got = (audio.load(path, RATE).samples for path in (tmp_path / "x.wav", prepared[name][0] / row["audio"]))
+        assert np.abs(want - got).max() < 1e-3, (name, file, split)
+
+
+def test_all_of_them_train_together(prepared, trained, tmp_path):
+    """Three steps of train.py on every data set that has training rows."""
+    folders = [out for out, report in prepared.values() if report.card["splits"]["train"]["rows"]]
+    assert len(folders) == 18
+    before = [path.read_bytes() for path in trained[0].glob("model.safetensors")]
+    run_main(TRAIN, tmp_path, ["--preset", "micro", "--no-evaluate", "--stage", "sft", "--init", trained[0], "--name", "real", "--steps", 3,
+                               "--data", *folders])
+    log = [json.loads(line) for line in (tmp_path / "runs" / "real" / "log.jsonl").read_text().splitlines()]
+    assert len(log) >= 3 and all(np.isfinite(line["loss"]) for line in log if "loss" in line)
+    assert before != [path.read_bytes() for path in (tmp_path / "runs" / "real").glob("model.safetensors")]
+
+
+# ---------------------------------------------------------------------- source, limit, command line
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def command(capsys, *flags) -> tuple[int, str, str]:
+    """python prepare_data.py FLAGS -> exit code, stdout, stderr."""
+    code = 0
+    try:
+        run_main(prepare_data, ".", flags)
+    except SystemExit as stop:
+        code = stop.code
+    return (code, *capsys.readouterr())
+
+
+def test_archives_at_hand_and_an_unpacked_copy_give_the_same(home, monkeypatch, capsys):
+    lay_out("esc50", home, monkeypatch)
+    make = ("--dataset", "esc50", "--sample-rate", RATE)
+    code, printed, _ = command(capsys, *make, "--source", "site", "--out", "a/esc50")
+    assert code == 0 and "CC BY-NC 3.0" in printed.splitlines()[0] and "Piczak" in printed and "10 recordings" in printed
+    shutil.copytree(download.unpack(home / "site" / "master.zip", home / "un"), home / "my copy" / "x")
+    assert command(capsys, *make, "--source", "my copy", "--out", "b/esc50")[0] == 0
+    first, second = (manifest.read_card(folder) for folder in ("a/esc50", "b/esc50"))
+    assert first["splits"] == second["splits"] and first["recordings"] == second["recordings"] == 10
+    assert [row["audio"] for row in rows_of(home / "a/esc50")] == [row["audio"] for row in rows_of(home / "b/esc50")]
+    assert command(capsys, *make, "--source", "site", "--out", "c/esc50", "--limit", 1)[0] == 0
+    assert [manifest.read_card("c/esc50")["splits"][split]["rows"] for split in manifest.SPLITS] == [1, 1, 1]
+
+
+def test_mistakes_and_what_to_do(home, monkeypatch, capsys):
+    def says(*flags):
+        code, _, error = command(capsys, *flags)
+        assert code == 2 and "Traceback" not in error and not list(home.glob("data/*/card.json"))
+        return error.splitlines()[-1]
+
+    lay_out("gtzan", home, monkeypatch)
+    assert "{youtube_id}_{start_time}.flac" in says("--dataset", "audiocaps")
+    assert "there is no such folder" in says("--dataset", "gtzan", "--source", "none")
+    (home / "empty").mkdir()
+    assert "empty: no usable recording" in says("--dataset", "gtzan", "--source", "empty")
+    assert "table that is not there: 1, e.g. esc50.csv" in says("--dataset", "esc50", "--source", "empty")
+    with serve(home / "empty") as (address, _):
+        assert "genres.tar.gz: not to be had (HTTP Error 404" in says("--dataset", "gtzan", "--mirror", address)
+    (home / "site" / "genres.tar.gz").write_bytes(b"something else")
+    assert "genres.tar.gz: checksum" in says("--dataset", "gtzan", "--source", "site")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10 ** 9}))
+    monkeypatch.setitem(datasets.TABLE, "gtzan", dataclasses.replace(datasets.TABLE["gtzan"], gigabytes=1.2))
+    assert "needs 3.60 GB" in says("--dataset", "gtzan")
+
+
+@pytest.mark.parametrize("name, table, content, words", [
+    ("nsynth", "nsynth-test/examples.json", b'{"a": {}}', "nsynth: a table is not laid out as published"),
+    ("nsynth", "nsynth-test/examples.json", b"[" * 100_000, "not JSON"),
+    ("nsynth", "nsynth-test/examples.json", b"[1]", "not laid out"),
+    ("esc50", "meta/esc50.csv", b"name,label\n", "esc50.csv: expected the columns filename, fold, category; got name, label"),
+    ("esc50", "meta/esc50.csv", b'filename,fold,category\n"' + b"x" * 200_000, "esc50.csv:2: not a CSV"),
+    ("macs", "MACS.yaml", b"files: [a: b: c", "MACS.yaml: not YAML"), ("macs", "MACS.yaml", b"files: [1]", "not laid out")])
+def test_tables_that_are_not_as_published(home, monkeypatch, name, table, content, words):
+    monkeypatch.setitem(datasets.TABLE, name, dataclasses.replace(datasets.TABLE[name], files=()))
+    (home / "mine" / table).parent.mkdir(parents=True)
+    (home / "mine" / table).write_bytes(content)
+    with pytest.raises(UserError, match=words):
+        datasets.prepare(name, home / "data" / name, "mine")
+    assert not (home / "data" / name).exists()
+
+
+def test_the_list_says_what_is_there(home, prepared, capsys):
+    shutil.copytree(prepared["esc50"][0].parent, home / "data")
+    code, printed, _ = command(capsys, "--list")
+    lines = {line.split()[0]: line for line in printed.splitlines()}
+    assert code == 0 and set(datasets.TABLE) <= set(lines)
+    assert "10 recordings prepared, 1 of 1 files" in lines["esc50"] and "CC BY-NC 3.0" in lines["esc50"] and "2000" in lines["esc50"]
+    assert "zenodo.org/records/4783391" in lines["clotho"] and "recordings: yours" in lines["wavcaps"]
+
+
+def test_check_names_what_is_wrong(home, prepared, capsys):
+    out = home / "esc50"
+    shutil.copytree(prepared["esc50"][0], out)
+    assert command(capsys, "--check", out)[0] == 0
+    rows = {split: manifest.read_rows(out / f"{split}.jsonl") for split in manifest.SPLITS}
+    train, test = rows["train"], rows["test"]
+    (out / train[0]["audio"]).write_bytes(b"x" * 100)
+    (out / train[1]["audio"]).unlink()
+    shutil.copy(out / train[2]["audio"], out / "audio" / "copy.flac")
+    test += [test[0] | {"audio": train[3]["audio"]}, test[0] | {"audio": "audio/copy.flac"}, test[0] | {"start": 7.0}]
+    manifest.write_rows(out / "test.jsonl", test)
+    with open(out / "val.jsonl", "a") as file:
+        file.write('{"audio": "x.wav"}\nnot json\n')
+    code, printed, error = command(capsys, "--check", out)
+    assert code == 2 and "7 things are wrong" in error
+    for words in (f"{train[0]['audio']}: unreadable", f"{train[1]['audio']}: missing", f"{train[3]['audio']}: in the splits train and test",
+                  "the same sound as audio/", "start 7.0 s lies outside", "val.jsonl:3: task: expected", "val.jsonl:4: not a JSON object"):
+        assert words in printed, words
+    assert "no prepared data set" in command(capsys, "--check", home / "nothing")[2]
+
+
+# ---------------------------------------------------------------------- fuzz
+
+def damaged(rng, content: bytes) -> bytes:
+    """Bytes changed, taken out, put in or cut off, at one to eight random places."""
+    content = bytearray(content)
+    for _ in range(int(rng.integers(1, 9))):
+        at, length = int(rng.integers(0, len(content))), int(2 ** rng.uniform(0, 10))
+        junk = rng.integers(0, 256, length, dtype=np.uint8).tobytes()
+        match int(rng.integers(0, 4)):
+            case 0: content[at:at + length] = junk
+            case 1: del content[at:at + length]
+            case 2: content[at:at] = junk
+            case _: content = content[:max(1, at)]
+        content = content or bytearray(b"\0")
+    return bytes(content)
+
+
+def test_five_hundred_malformed_recordings_are_used_or_named(home):
+    """Random damage to wav, flac, ogg, mp3: no traceback, and every file is either in a row or in the report, by name."""
+    rng, good = np.random.default_rng(0), {}
+    (home / "mine").mkdir()
+    for extension in ("wav", "flac", "ogg", "mp3"):
+        soundfile.write(home / f"x.{extension}", rng.standard_normal(8_000) * 0.1, RATE)
+        good[extension] = (home / f"x.{extension}").read_bytes()
+    for n in range(500):
+        extension = list(good)[n % 4]
+        (home / "mine" / f"dog-{n}.{extension}").write_bytes(damaged(rng, good[extension]))
+    (home / "mine" / "dog-good.wav").write_bytes(good["wav"])
+    report = import_folder("mine", home / "out", RATE, labels_from_names=True)
+    used = {row["file"] for row in rows_of(home / "out")}
+    named = {name.split(" (")[0] for names in report.problems.values() for name in names}
+    assert used | named == {path.name for path in (home / "mine").iterdir()} and "dog-good.wav" in used
+    assert 100 < len(named) <= 500, report.problems.keys()
+    assert manifest.check(home / "out") == []
+
+
+def test_five_hundred_malformed_manifests_are_read_or_named_by_line(tmp_path):
+    rng, path, seen = np.random.default_rng(1), tmp_path / "x.jsonl", {"read": 0, "named": 0}
+    rows = [{"audio": f"audio/{n}.flac", "start": 0.5, "task": "AQA", "prompt": "what is it?", "answer": "a d\u00f6g"} for n in range(5)]
+    manifest.write_rows(path, rows + [{"audio": "a.flac", "task": "Dialogue", "turns": [{"user": "hi", "assistant": "yes"}], "shots": [1]}])
+    good = path.read_bytes()
+    for _ in range(500):
+        path.write_bytes(bad := damaged(rng, good))
+        try:
+            read = manifest.read_rows(path)
+            assert len(read) <= bad.count(b"\n") + 1
+            seen["read"] += 1
+        except UserError as error:
+            assert str(error).startswith(str(path)) and "\n" not in str(error)
+            seen["named"] += 1
+        assert path.read_bytes() == bad
+    assert seen["named"] > 300, seen
