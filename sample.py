@@ -31,6 +31,7 @@ from af_min import checkpoint, cli, text
 from af_min.answering import answer, read, score
 from af_min.audio import MIN_SECONDS
 from af_min.cli import UserError, flag
+from af_min.few_rows import lay_out
 from af_min.flamingo import AudioFlamingo, Sampling, State
 from af_min.retrieval import Heard, Library, Place, hear
 from af_min.text import Sample, Tokenizer, write_sample
@@ -261,6 +262,7 @@ def main() -> None:
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
     heard = [hear_or_warn(model, file) for file in args.audio]
     if args.chat:
+        lay_out(model, 1)
         return chat(model, tokenizer, heard[0], sampling, args.max_new)
     samples, embeddings = write_questions(args, model, tokenizer, heard)
     state, logits_BV = read(model, tokenizer, samples, embeddings, None if args.options else args.max_new)

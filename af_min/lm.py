@@ -27,6 +27,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .config import LMConfig
+from .few_rows import linear
 
 POSITION_OFFSET = 2      # OPT's table starts with two rows that no token uses: 0, and 1 for padding
 
@@ -64,17 +65,16 @@ class KVCache:
 
 
 def rotary_angles(position_BT: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos, sin (B, 1, T, K) of position * theta^(-2i/K), i = 0 .. K/2-1, written twice (RoFormer, arXiv 2104.09864, eq. 15)."""
+    """[cos a, cos a], [-sin a, sin a] (B, 1, T, K) of a = position * theta^(-2i/K), i < K/2 (RoFormer, arXiv 2104.09864, eq. 15)."""
     inverse = theta ** (-torch.arange(0, head_dim, 2, device=position_BT.device, dtype=torch.float32) / head_dim)
     angle = position_BT[:, None, :, None].float() * inverse
-    angle = torch.cat([angle, angle], dim=-1)
-    return angle.cos(), angle.sin()
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def rotate(x_BHTK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair (x_i, x_{i+K/2}) by its angle: then q·k depends on the distance of two tokens only."""
-    first, second = x_BHTK.chunk(2, dim=-1)
-    return x_BHTK * cos.to(x_BHTK.dtype) + torch.cat([-second, first], dim=-1) * sin.to(x_BHTK.dtype)
+    return x_BHTK * cos.to(x_BHTK.dtype) + x_BHTK.roll(x_BHTK.shape[-1] // 2, -1) * sin.to(x_BHTK.dtype)
 
 
 class Attention(nn.Module):
@@ -90,14 +90,14 @@ class Attention(nn.Module):
 
     def forward(self, x_BTD: Tensor, layer: int, seen: Tensor | None, angles, cache: KVCache | None) -> Tensor:
         """seen: (B, 1, T, C) bool, or None when token t sees exactly what `is_causal` says; angles: cos and sin, or None."""
-        q, k, v = (rearrange(linear(x_BTD), "b t (h k) -> b h t k", k=self.head_dim) for linear in (self.q, self.k, self.v))
+        q, k, v = (linear(x_BTD, part).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in (self.q, self.k, self.v))
         if angles is not None:
             q, k = rotate(q, *angles), rotate(k, *angles)
         if cache is not None:
             k, v = cache.append(layer, k, v)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=seen is None and q.shape[2] > 1,
                                            enable_gqa=q.shape[1] != k.shape[1])
-        return self.out(rearrange(y, "b h t k -> b t (h k)"))
+        return linear(rearrange(y, "b h t k -> b t (h k)"), self.out)
 
 
 class ShortConvolution(nn.Module):
@@ -134,8 +134,8 @@ class MLP(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         if self.gate is None:
-            return self.down(F.relu(self.up(x_BTD)))
-        return self.down(F.silu(self.gate(x_BTD)) * self.up(x_BTD))
+            return linear(F.relu(linear(x_BTD, self.up)), self.down)
+        return linear(F.silu(linear(x_BTD, self.gate)) * linear(x_BTD, self.up), self.down)
 
 
 def make_norm(config: LMConfig) -> nn.Module:
@@ -152,7 +152,7 @@ class Layer(nn.Module):
         self.mlp_norm = make_norm(config)
         self.mlp = MLP(config)
         self.conv = ShortConvolution(config.width, config.conv) if config.conv else None
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
 
     def forward(self, x_BTD: Tensor, layer: int, seen: Tensor | None, angles, valid_BT: Tensor | None,
                 cache: KVCache | None) -> Tensor:
@@ -245,7 +245,7 @@ class LM(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V). Apart from `forward`, so that training runs the widest matrix at labelled positions alone."""
-        return F.linear(hidden, self.embed.weight if self.head is None else self.head.weight)
+        return linear(hidden, self.head or self.embed)
 
     def _valid(self, ids_BT: Tensor, mask_BT: Tensor | None, cache: KVCache | None) -> Tensor | None:
         """Which of the C tokens so far are real, (B, C) bool; None if all are. Notes the new tokens' mask in the cache."""

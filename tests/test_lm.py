@@ -152,7 +152,7 @@ def test_one_layer_by_hand_in_float64():
     for h in range(4):
         rows, shared = slice(8 * h, 8 * h + 8), slice(8 * (h // 2), 8 * (h // 2) + 8)
         q, k, v = y @ layer.attention.q.weight[rows].T, y @ layer.attention.k.weight[shared].T, y @ layer.attention.v.weight[shared].T
-        q, k = (a * cos + torch.cat([-a[:, 4:], a[:, :4]], -1) * sin for a in (q, k))
+        q, k = (a * cos + torch.cat([a[:, 4:], a[:, :4]], -1) * sin for a in (q, k))
         scores = (q @ k.T / 8 ** 0.5).masked_fill(torch.ones(5, 5).triu(1).bool(), float("-inf"))
         heads.append(scores.softmax(-1) @ v)
     x = x + torch.cat(heads, -1) @ layer.attention.out.weight.T

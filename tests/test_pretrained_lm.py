@@ -9,13 +9,13 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
+import bench_decode
 from af_min.cli import UserError
 from af_min.lm import LM
 from af_min.pretrained_files import open_file, parameters_on_meta
@@ -235,16 +235,6 @@ def smollm2():
     return theirs, load_lm(Path(folder)), Path(folder), transformers
 
 
-def generate(lm, ids, new):
-    """Greedy decoding with a cache, `new` tokens."""
-    cache, made = lm.new_cache(len(ids), ids.shape[1] + new), []
-    token = lm.logits(lm(ids, cache=cache)[:, -1]).argmax(-1)
-    for _ in range(new - 1):
-        made.append(token)
-        token = lm.logits(lm(token[:, None], cache=cache)[:, -1]).argmax(-1)
-    return torch.stack([*made, token], 1)
-
-
 @pytest.mark.peer
 @torch.no_grad()
 def test_smollm2_logits_and_greedy_tokens_are_those_of_transformers(smollm2):
@@ -257,7 +247,7 @@ def test_smollm2_logits_and_greedy_tokens_are_those_of_transformers(smollm2):
     assert relative < 1e-4
     prompt = ids[:, :24]
     greedy = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=64, do_sample=False)
-    assert torch.equal(generate(ours, prompt, 64), greedy[:, 24:])
+    assert torch.equal(bench_decode.generate(ours, prompt, 64), greedy[:, 24:])
 
 
 @pytest.mark.peer
@@ -271,20 +261,11 @@ def test_smollm2_ids_are_those_of_transformers(smollm2):
 
 
 @pytest.mark.peer
-@torch.no_grad()
-def test_smollm2_decodes_faster_than_transformers(smollm2):
-    """Greedy, 24 + 64 tokens, float32, alternating runs, best of three."""
-    theirs, ours, folder, transformers = smollm2
-    for batch in (1, 8):
-        ids = torch.randint(1000, 40000, (batch, 24), generator=torch.Generator().manual_seed(0))
-        settings = dict(max_new_tokens=64, do_sample=False, attention_mask=torch.ones_like(ids))
-        seconds = {"ours": [], "theirs": []}
-        for _ in range(3):
-            for name, run in (("ours", lambda: generate(ours, ids, 64)), ("theirs", lambda: theirs.generate(ids, **settings))):
-                began = time.perf_counter()
-                run()
-                seconds[name].append(time.perf_counter() - began)
-        rate = {name: batch * 64 / min(s) for name, s in seconds.items()}
-        print(f"\nSmolLM2-135M, CPU float32, {torch.get_num_threads()} threads, batch {batch}: ours {rate['ours']:.1f} tokens/s, "
-              f"transformers {transformers.__version__} {rate['theirs']:.1f}: {rate['ours'] / rate['theirs']:.2f}x")
-        assert rate["ours"] > rate["theirs"]
+@pytest.mark.parametrize("batch, at_least", [(1, 1.0), (8, 1.3)])
+def test_smollm2_decodes_faster_than_transformers(smollm2, batch, at_least):
+    """Greedy, 24 + 64 tokens, float32, alternating runs, the same tokens. Why not 1.3 at batch 1: af_min/few_rows.py."""
+    theirs, ours, _, transformers = smollm2
+    speed, peer = bench_decode.compare(ours, theirs, batch)
+    print(f"\nSmolLM2-135M, CPU float32, {torch.get_num_threads()} threads, batch {batch}: ours {speed:.1f} tokens/s, "
+          f"transformers {transformers.__version__} {peer:.1f}: {speed / peer:.2f}x")
+    assert speed > at_least * peer
