@@ -5,7 +5,8 @@
 
 The backend is the argument `backend`, else the environment variable AF_MIN_KERNELS (`reference` or `triton`), else Triton for
 CUDA tensors that it can take and PyTorch for the rest. One that was asked for and cannot run is an error that says why.
-Read on: reference.py (PyTorch), masked_xattn.py and residual.py (Triton), check_compile.py, benchmark.py.
+Read on: reference.py (PyTorch), masked_xattn.py and residual.py (Triton), check_compile.py, benchmark.py with
+baselines.py and benchmark_model.py.
 """
 from __future__ import annotations
 

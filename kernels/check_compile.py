@@ -9,7 +9,7 @@ compiled is what a GPU would be asked for: the same tiles, warps and stages, and
 integer 1 becomes a constant; multiples of 16 and aligned pointers are marked so). From the PTX, ptxas reports:
 
     registers, spills     a spill (registers kept in memory) fails
-    shared memory         a program must fit 99 KiB for sm_80, what its smaller relatives sm_86 and sm_89 have, and 227 KiB for sm_90
+    shared memory         a program must fit 99 KiB for sm_80 (what its smaller relatives sm_86, sm_89 have), 227 KiB for sm_90
     wgmma                 16-bit tiles of 64 rows and more must use Hopper's warp-group product on sm_90
 
 Only a GPU can exercise what follows: loading the binary and running it.

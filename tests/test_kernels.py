@@ -1,5 +1,6 @@
 """Masked cross-attention and gated residual: the PyTorch reference, the choice of backend, and two runs of the Triton kernels
 that need no GPU, under the interpreter (tests/test_kernels_interpreted.py) and ahead of time through the compiler."""
+import csv
 import os
 import subprocess
 import sys
@@ -166,3 +167,27 @@ def test_kernels_compile_without_spills():
 @pytest.mark.slow
 def test_every_configuration_compiles_without_spills():
     assert "no faults" in python("-m", "kernels.check_compile", TRITON_INTERPRET="0")
+
+
+@needs_triton
+def test_a_dry_run_goes_through_every_measurement(tmp_path):
+    """What waits for a GPU is run here once, tiny and interpreted; only foreign baselines may be missing on a CPU."""
+    python("-m", "kernels.benchmark", "--dry", "--out", str(tmp_path))
+    lines = (tmp_path / "dry" / "benchmark.csv").read_text().splitlines()
+    assert lines[0].startswith("# dry run, no figures; torch ") and lines[1].startswith("table,shape,implementation,pass,median_us")
+    rows = [row for row in csv.reader(lines[2:])]
+    missing = {row[2] for row in rows if row[3].startswith("not run")}
+    assert missing <= {"SDPA cuDNN", "SDPA memory-efficient", "SDPA flash", "FlexAttention, mask ready",
+                       "FlexAttention, mask every call", "flash-attn varlen"}
+    done = {(row[0], row[2], row[3]) for row in rows if row[4] and float(row[4]) > 0}
+    three = ("forward", "backward", "both")
+    for table, names, passes in (
+            ("core", ("ours", "einsum, mask every call"), three),
+            ("block", ("released form", "PyTorch", "PyTorch, torch.compile", "kernels", "kernels, torch.compile"), three),
+            ("projection", ("fused", "folded, cuBLAS", "PyTorch", "PyTorch, torch.compile"), ("forward",)),
+            ("projection", ("a product a block", "one, stacked on the call", "one, stacked before"), ("forward",)),
+            ("model", ("released form", "PyTorch", "kernels"), ("prompt", "step"))):
+        assert done >= {(table, name, part) for name in names for part in passes}, table
+    assert (tmp_path / "dry" / "benchmark.png").stat().st_size > 10_000
+    profiles = [file.read_text() for file in (tmp_path / "dry").glob("profile-*.txt")]
+    assert len(profiles) == 3 and all("af_min::masked_xattn" in profile for profile in profiles)
