@@ -114,8 +114,8 @@ def fetch(file: File, folder: Path, mirror: str = "", quiet: bool = False) -> Pa
                 raise UserError(f"{part}: cannot be written ({error.strerror}); what is there will be continued") from None
             failures = 0 if _size(part) > before else failures + 1
             if failures == TRIES or isinstance(error, ValueError) or 400 <= code < 500 and code not in (408, 416, 429):
-                raise UserError(f"{url}: not to be had ({error}). Has the address moved? Get {file.name} from the data set's page and "
-                                "give its folder as --source, or try a --mirror. What was received is kept") from None
+                raise UserError(f"{url}: not to be had ({error}). Has the address moved? Get {file.name} from the data set's page "
+                                "and give its folder as --source, or try a --mirror. What was received is kept") from None
             time.sleep(PAUSE * 2 ** max(0, failures - 1))
     return path
 

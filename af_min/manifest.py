@@ -182,15 +182,18 @@ def check(folder, progress: Callable[[Iterable], Iterable] = iter) -> list[str]:
             wrong.append(f"{path}: cannot be read ({error})")
             continue
         for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
             try:
-                row = _row(line, f"{path}:{number}") if line.strip() else {"audio": ""}
+                row = _row(line, f"{path}:{number}")
+                for part in (row, *row.get("shots", []), *row.get("pool", [])):
+                    if isinstance(part, dict) and part.get("audio"):
+                        starts[str(part["audio"])] = max(starts.get(part["audio"], 0.0), part.get("start", 0.0))
+                splits.setdefault(row["audio"], {}).setdefault(split, f"{path.name}:{number}")
             except UserError as error:
                 wrong.append(str(error))
-                continue
-            splits.setdefault(row["audio"], {}).setdefault(split, f"{path.name}:{number}")
-            for part in (row, *row.get("shots", []), *row.get("pool", [])):
-                if isinstance(part, dict) and part.get("audio"):
-                    starts[part["audio"]] = max(starts.get(part["audio"], 0.0), part.get("start", 0.0))
+            except TypeError:
+                wrong.append(f"{path}:{number}: shots or pool: expected a list of row numbers or of rows")
     contents = {}                                          # hash of the samples -> name, splits
     for name in progress(sorted(starts)):
         try:

@@ -44,13 +44,14 @@ class Source:
     def find(self, name: str) -> str | None:
         """The file whose path ends in `name`, or the only one of its last part, or the only one with its letters and digits.
 
-        A name without an extension is a recording's."""
+        A name without an extension is a recording's; one that begins with "/" must have its folder, too."""
         if Path(name).suffix.lower() not in (*EXTENSIONS, ".csv", ".json", ".txt", ".yaml"):
             return next(filter(None, (self.find(name + extension) for extension in EXTENSIONS)), None)
-        name, alike = _plain(name), self.close.get(_letters(name), [])
+        strict, name = name.startswith("/"), _plain(name.lstrip("/"))
+        alike = self.close.get(_letters(name), [])
         exact = [path for path in alike if f"/{path}".endswith(f"/{name}")]
         named = [path for path in alike if path.rsplit("/")[-1] == name.rsplit("/")[-1]]
-        best = exact or named or alike
+        best = exact or (named or alike if not strict else [])
         return best[0] if exact or len(best) == 1 else None
 
     def recordings(self) -> list[str]:
@@ -260,7 +261,7 @@ def musiccaps(s: Source) -> Iterator[dict]:
 
 
 def wavcaps(s: Source) -> Iterator[dict]:
-    """Without what stands in val and test of AudioCaps and Clotho."""
+    """Without what stands in val and test of AudioCaps and Clotho. The sources share numbers: folders must be right."""
     for folder, table, out in (("AudioSet_SL", "as_final", "audiocaps"), ("FreeSound", "fsd_final", "clotho"),
                                ("BBC_Sound_Effects", "bbc_final", ""), ("SoundBible", "sb_final", "")):
         left_out = {line["id"] for line in s.csv(f"blacklist_{out}.full.csv", "id")} if out else ()
@@ -268,7 +269,7 @@ def wavcaps(s: Source) -> Iterator[dict]:
             if item["id"] in left_out:
                 s.report.problems[f"in an evaluation split of {out}"].append(item["id"])
             else:
-                yield row(f"{folder}/{item['id'].removesuffix('.wav')}", "AudioCaptioning", CAPTION, item["caption"], "train")
+                yield row(f"/{folder}/{item['id'].removesuffix('.wav')}", "AudioCaptioning", CAPTION, item["caption"], "train")
 
 
 def music_avqa(s: Source) -> Iterator[dict]:

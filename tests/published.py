@@ -176,11 +176,11 @@ def wavcaps():
     def items(*pairs):
         return json.dumps({"data": [{"id": name, "caption": caption, "duration": 1.0} for name, caption in pairs]}).encode()
 
-    return {"as_final.json": items(("Ya.wav", "A dog."), ("Yb.wav", "A cat.")), "fsd_final.json": items(("1", "Rain."), ("2", "Wind.")),
+    return {"as_final.json": items(("Ya.wav", "A dog."), ("Yb.wav", "A cat.")), "fsd_final.json": items(("1", "Rain."), ("2", "Wind."), ("3", "Snow.")),
             "bbc_final.json": items(("07", "A door.")), "sb_final.json": items(("1", "A gong.")),
             "blacklist_audiocaps.full.csv": table("id", "Yb.wav"), "blacklist_clotho.full.csv": table("id", "2")}, \
         {f"{name}.flac": wav(i, 32_000, format="FLAC") for i, name in enumerate((
-            "AudioSet_SL/Ya", "AudioSet_SL/Yb", "FreeSound/1", "FreeSound/2", "BBC_Sound_Effects/07", "SoundBible/1"))}
+            "AudioSet_SL/Ya", "AudioSet_SL/Yb", "FreeSound/1", "FreeSound/2", "BBC_Sound_Effects/07", "SoundBible/1", "SoundBible/3"))}
 
 
 def music_avqa():

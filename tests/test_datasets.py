@@ -56,7 +56,7 @@ EXPECTED = {
     "audiocaps": ((1, 1, 1), ("val", "AudioCaptioning", CAPTION, ["Wind", "It blows"]), {"recording that is not there": ["gone_0"]}),
     "musiccaps": ((1, 0, 1), ("train", "MusicCaptioning", "describe the music in a paragraph.", "A song.\nIt is slow."), {}),
     "wavcaps": ((4, 0, 0), ("train", "AudioCaptioning", CAPTION, "A gong."),
-                {"in an evaluation split of audiocaps": ["Yb.wav"], "in an evaluation split of clotho": ["2"]}),
+                {"recording that is not there": ["FreeSound/3"], "in an evaluation split of audiocaps": ["Yb.wav"], "in an evaluation split of clotho": ["2"]}),
     "music_avqa": ((1, 0, 1), ("train", "AQA", "please answer this question: Is the flute louder than the piano?\noptions:\nyes.\nno.",
                                "yes"), {}),
     "dialogues": ((1, 0, 1), None, {"dialogue that is malformed": [f"chat.json item {n}: {reason}" for n, reason in (
@@ -303,9 +303,10 @@ def test_five_hundred_malformed_recordings_are_used_or_named(home):
 
 
 def test_five_hundred_malformed_manifests_are_read_or_named_by_line(tmp_path):
-    rng, path, seen = np.random.default_rng(1), tmp_path / "x.jsonl", {"read": 0, "named": 0}
+    rng, path, seen = np.random.default_rng(1), tmp_path / "train.jsonl", {"read": 0, "named": 0}
     rows = [{"audio": f"audio/{n}.flac", "start": 0.5, "task": "AQA", "prompt": "what is it?", "answer": "a d\u00f6g"} for n in range(5)]
     manifest.write_rows(path, rows + [{"audio": "a.flac", "task": "Dialogue", "turns": [{"user": "hi", "assistant": "yes"}], "shots": [1]}])
+    manifest.write_card(tmp_path)
     good = path.read_bytes()
     for _ in range(500):
         path.write_bytes(bad := damaged(rng, good))
@@ -316,5 +317,6 @@ def test_five_hundred_malformed_manifests_are_read_or_named_by_line(tmp_path):
         except UserError as error:
             assert str(error).startswith(str(path)) and "\n" not in str(error)
             seen["named"] += 1
-        assert path.read_bytes() == bad
+        wrong = manifest.check(tmp_path)                               # the recordings are missing, too
+        assert path.read_bytes() == bad and any("test.jsonl: cannot be read" in line for line in wrong)
     assert seen["named"] > 300, seen
