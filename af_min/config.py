@@ -96,6 +96,7 @@ class LMConfig:
     max_positions: int = 2048
     positions: str = "learned"       # learned (OPT: table with an offset of 2) | rope (Llama)
     rope_theta: float = 10_000.0
+    rope_scaling: tuple[float, ...] = ()     # Llama 3.1: factor, low and high frequency factor, tokens of its first pre-training
     norm: str = "layer"              # layer (OPT) | rms (Llama)
     norm_eps: float = 1e-5
     mlp: str = "relu"                # relu (OPT) | swiglu (Llama)

@@ -64,9 +64,13 @@ class KVCache:
         return self.k[layer][:, :, :end].to(k_BGTK.dtype), self.v[layer][:, :, :end].to(v_BGTK.dtype)
 
 
-def rotary_angles(position_BT: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """[cos a, cos a], [-sin a, sin a] (B, 1, T, K) of a = position * theta^(-2i/K), i < K/2 (RoFormer, arXiv 2104.09864, eq. 15)."""
+def rotary_angles(position_BT: Tensor, head_dim: int, theta: float, scaling: tuple[float, ...] = ()) -> tuple[Tensor, Tensor]:
+    """[cos a, cos a], [-sin a, sin a] (B, 1, T, K) of a = position * theta^(-2i/K), i < K/2 (arXiv 2104.09864, eq. 15)."""
     inverse = theta ** (-torch.arange(0, head_dim, 2, device=position_BT.device, dtype=torch.float32) / head_dim)
+    if scaling:      # Llama 3.1: what makes few turns in `length` tokens is slowed down, by up to `factor`
+        factor, low, high, length = scaling
+        kept = ((inverse * length / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+        inverse = inverse * (kept + (1 - kept) / factor)
     angle = position_BT[:, None, :, None].float() * inverse
     cos, sin = angle.cos(), angle.sin()
     return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
@@ -233,7 +237,7 @@ class LM(nn.Module):
         if self.positions is not None:
             x_BTD = x_BTD + self.positions(position_BT + POSITION_OFFSET)
         else:
-            angles = rotary_angles(position_BT, self.config.head_dim, self.config.rope_theta)
+            angles = rotary_angles(position_BT, self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
         seen = seen_keys(valid_BC, start, length, ids_BT.device)
         for i, layer in enumerate(self.layers):
             if before_layer is not None:

@@ -2,7 +2,8 @@
 
 A folder holds config.json and the weights: model.safetensors, or shards of it listed in model.safetensors.index.json, or
 the same as pytorch_model.bin. Two families are read: OPT, and Llama with Qwen2. What their settings can say and `lm.LM`
-cannot do (scaled rotary angles, sliding windows, post-norm layers) is an error here, not a wrong logit later.
+cannot do (rotary angles scaled otherwise than Llama 3.1's, sliding windows, post-norm layers) is an error here, not a wrong
+logit later.
 """
 from __future__ import annotations
 
@@ -48,6 +49,7 @@ LLAMA_TABLE = {
     "layers.{i}.mlp.down.{p}": "model.layers.{i}.mlp.down_proj.{p}",
 }
 TABLES = {"opt": OPT_TABLE, "llama": LLAMA_TABLE, "qwen2": LLAMA_TABLE}
+LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 BUFFERS = ("rotary_emb.inv_freq", "decoder.version")       # in old files; computed here
 
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -168,7 +170,9 @@ def opt_config(values: dict, where: str) -> LMConfig:
 def llama_config(values: dict, where: str) -> LMConfig:
     width, heads, qwen = values["hidden_size"], values["num_attention_heads"], values["model_type"] == "qwen2"
     rope = {**(values.get("rope_scaling") or {}), **(values.get("rope_parameters") or {})}     # the old and the new place
-    require({"rope_type": rope.get("rope_type", rope.get("type", "default"))}, where, rope_type=("default",))
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    require({"rope_type": kind}, where, rope_type=("default", "llama3"))
+    scaling = tuple(float(rope[name]) for name in LLAMA3_ROPE) if kind == "llama3" else ()
     require(values, where, hidden_act=("silu",), use_sliding_window=(False,))
     qkv_bias, mlp_bias = values.get("attention_bias", False), values.get("mlp_bias", False)
     if not qwen and qkv_bias != mlp_bias:
@@ -177,5 +181,6 @@ def llama_config(values: dict, where: str) -> LMConfig:
                     kv_heads=values.get("num_key_value_heads") or heads, head_dim=values.get("head_dim") or width // heads,
                     inner=values["intermediate_size"], max_positions=values["max_position_embeddings"],
                     positions="rope", rope_theta=float(rope.get("rope_theta") or values.get("rope_theta") or 10_000.0),
+                    rope_scaling=scaling,
                     norm="rms", norm_eps=values["rms_norm_eps"], mlp="swiglu", qkv_bias=True if qwen else qkv_bias,
                     bias=False if qwen else mlp_bias, tied_head=values.get("tie_word_embeddings", False))

@@ -248,6 +248,9 @@ PEERS = {
     "llama-gqa-tied": ("LlamaConfig", dict(COMMON, intermediate_size=80, num_key_value_heads=2, tie_word_embeddings=True)),
     "llama-bias-wide-heads": ("LlamaConfig", dict(COMMON, intermediate_size=80, num_key_value_heads=3, head_dim=16,
                                                   attention_bias=True, mlp_bias=True, rms_norm_eps=1e-4)),
+    "llama-3.1": ("LlamaConfig", dict(COMMON, intermediate_size=80, head_dim=16, rope_parameters={
+        "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 256})),                  # of 8 frequencies 3 stay, 2 lie between, 3 are slowed down by 8
     "qwen2": ("Qwen2Config", dict(COMMON, intermediate_size=80, num_key_value_heads=2)),
     "qwen2-tied": ("Qwen2Config", dict(COMMON, intermediate_size=80, num_key_value_heads=3, tie_word_embeddings=True)),
 }

@@ -121,8 +121,9 @@ def test_parameters_on_meta_keeps_buffers():
 
 @pytest.mark.parametrize("change, message", [
     ({"model_type": "mamba"}, "config.json: model_type is 'mamba'; supported are opt, llama, qwen2"),
-    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_type is 'llama3'; supported is 'default'"),
-    ({"rope_scaling": {"type": "linear", "factor": 8.0}}, "rope_type is 'linear'; supported is 'default'"),
+    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "config.json: setting 'low_freq_factor' is missing"),
+    ({"rope_scaling": {"type": "linear", "factor": 8.0}}, "rope_type is 'linear'; supported is 'default' or 'llama3'"),
+    ({"rope_parameters": {"rope_type": "yarn", "factor": 8.0}}, "rope_type is 'yarn'; supported is 'default' or 'llama3'"),
     ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; supported is 'silu'"),
     ({"attention_bias": True}, "attention_bias is True and mlp_bias is False; supported is both or neither"),
     ({"vocab_size": None}, "vocab_size is None, expected a positive whole number"),
