@@ -7,20 +7,27 @@
                 text_tower.safetensors    CLAP's other half, where the clap stage was trained (dialogue_filter.py)
                 scores.json  report.png
                 checkpoint/          the state of an unfinished training: `--resume` goes on from there
+                checkpoint.old/      the one before it, in case that this one is damaged
 
 Files are written under a temporary name and renamed: one that has its name is whole.
 """
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_optimizer_state_dict,
+                                                            get_state_dict, set_optimizer_state_dict)
 
 from . import config as settings
 from .cli import UserError
@@ -30,6 +37,7 @@ from .text import Tokenizer
 
 
 TEXT_TOWER = "text_tower.safetensors"
+CHECKPOINTS = "checkpoint", "checkpoint.old"              # the last, and the one before it
 UMASK = os.umask(0o022)
 os.umask(UMASK)
 
@@ -136,25 +144,63 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Te
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def save_checkpoint(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """The state of a training after a step, as one folder that appears whole: checkpoint/{model,optimizer}.safetensors, state.json."""
-    new, final, old = run / "checkpoint.partial", run / "checkpoint", run / "checkpoint.old"
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
-    write_tensors(new / "model.safetensors", model.state_dict())
-    write_tensors(new / "optimizer.safetensors", optimizer_tensors(optimizer))
-    write_json(new / "state.json", state)
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        os.replace(final, old)
-    os.replace(new, final)
-    shutil.rmtree(old, ignore_errors=True)
+def save_checkpoint(run: Path, everything: nn.Module, optimizer: torch.optim.Optimizer, state: dict, rank: int = 0,
+                    sharded: bool = False, wait: Callable[[], None] = lambda: None) -> None:
+    """The state of a training after a step: checkpoint/, which appears whole; the one before it stays as checkpoint.old/.
+
+    {model,optimizer}.safetensors, or the processes' own files if the weights are sharded; state.json with the SHA-256 of each.
+    """
+    new, final, old = (run / name for name in ("checkpoint.partial", *CHECKPOINTS))
+    if rank == 0:
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir(parents=True)
+    wait()
+    if sharded:
+        model, adam = get_state_dict(everything, optimizer)
+        dcp.save({"model": model, "optimizer": adam}, checkpoint_id=new)
+    elif rank == 0:
+        write_tensors(new / "model.safetensors", everything.state_dict())
+        write_tensors(new / "optimizer.safetensors", optimizer_tensors(optimizer))
+    wait()
+    if rank == 0:
+        write_json(new / "state.json", {**state, "sha256": {path.name: sha256(path) for path in sorted(new.iterdir())}})
+        if final.exists():                                   # else a kill fell between these renames: `old` is the last whole one
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(final, old)
+        os.replace(new, final)
+    wait()
+
+
+def load_weights(found: Path, everything: nn.Module, device) -> None:
+    """The weights of a checkpoint, of sharded processes or not, into a whole model."""
+    if (found / "model.safetensors").exists():
+        return load_strictly(everything, read_tensors(found / "model.safetensors", device), found)
+    dcp.load({"model": everything.state_dict()}, checkpoint_id=found)
+
+
+def load_training(found: Path, everything: nn.Module, optimizer: torch.optim.Optimizer, device, sharded: bool = False) -> None:
+    """The state of the optimizer; `sharded`: by processes that may be fewer or more than those that wrote it."""
+    if not sharded:
+        return load_optimizer(optimizer, read_tensors(found / "optimizer.safetensors", device))
+    adam = get_optimizer_state_dict(everything, optimizer)
+    dcp.load({"optimizer": adam}, checkpoint_id=found)
+    set_optimizer_state_dict(everything, optimizer, adam)
+
+
+def whole_state(everything: nn.Module) -> dict[str, torch.Tensor]:
+    """State dict of a sharded model, put together in the memory of process 0 ({} elsewhere)."""
+    return get_model_state_dict(everything, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def forget(run: Path) -> None:
     """Remove the log and the checkpoints of an earlier training of this name: `--resume` must not find them."""
     (run / "log.jsonl").unlink(missing_ok=True)
-    for name in ("checkpoint", "checkpoint.old", "checkpoint.partial"):
+    for name in (*CHECKPOINTS, "checkpoint.partial"):
         shutil.rmtree(run / name, ignore_errors=True)
 
 
@@ -173,10 +219,25 @@ def cut_log(run: Path, stages: tuple[str, ...], state: dict) -> None:
     os.replace(run / "log.jsonl.partial", run / "log.jsonl")
 
 
-def find_checkpoint(run: Path) -> Path | None:
-    """The last whole checkpoint; the older one if a kill fell between the two renames."""
-    for name in ("checkpoint", "checkpoint.old"):
-        if (run / name / "state.json").exists():
-            return run / name
+def find_checkpoint(run: Path, stages: tuple[str, ...], warn: bool = True) -> tuple[Path, dict] | None:
+    """The last whole checkpoint with its stage and step; a damaged one is told, and the one before it is taken."""
+    problem = None
+    for path in (run / name for name in CHECKPOINTS):
+        if not path.exists():
+            continue
+        try:
+            state = read_json(path / "state.json")
+            if not isinstance(state, dict) or state.get("stage") not in stages or not isinstance(state.get("step"), int):
+                raise UserError(f"{path / 'state.json'}: got {state}, expected a stage and a step")
+            for name, digest in state.pop("sha256", {}).items():
+                if not (path / name).exists() or sha256(path / name) != digest:
+                    raise UserError(f"{path / name}: damaged: not what was written (SHA-256)")
+        except UserError as error:
+            problem = problem or error
+            continue
+        if problem and warn:
+            print(f"warning: {problem}; going on from the checkpoint before it: {state['stage']} step {state['step']}", file=sys.stderr)
+        return path, state
+    if problem:
+        raise UserError(f"{problem}; leave --resume away to start anew")
     return None
-

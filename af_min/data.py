@@ -7,7 +7,7 @@ the steps before it, and a resumed run sees what the interrupted one would have 
 """
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +27,7 @@ class Dataset:
     """Rows of one split of a prepared data set, tokenized, with the store that holds its window embeddings."""
     name: str
     samples: list[Sample]
+    tasks: list[str] = field(default_factory=list)      # of each sample, for the log
     store: Store | None = None
     weight: float = 1.0
 
@@ -51,11 +52,12 @@ def rows_of(folder: Path, split: str, stage: str) -> list[dict]:
     return rows
 
 
-def tokenized(rows: list[dict], tokenizer: Tokenizer, max_tokens: int, described: bool = False) -> list[Sample]:
-    """Samples of rows; several references make several samples; what has no supervised token left is dropped."""
+def tokenized(rows: list[dict], tokenizer: Tokenizer, max_tokens: int, described: bool = False) -> tuple[list[Sample], list[str]]:
+    """-> samples of rows, the task of each; several references make several samples; what has no supervised token left is dropped."""
     flat = [{**row, "answer": answer} for row in rows for answer in row.get("answers", [row.get("answer", "")])]
     samples = [write_sample(tokenizer, row, described, max_tokens=max_tokens) for row in flat]
-    return [s for s in samples if any(label != IGNORE for label in s.labels[1:])]
+    kept = [(s, row["task"]) for s, row in zip(samples, flat) if any(label != IGNORE for label in s.labels[1:])]
+    return [s for s, _ in kept], [task for _, task in kept]
 
 
 def recordings(rows: list[dict]) -> list[tuple[str, float]]:

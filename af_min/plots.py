@@ -243,6 +243,20 @@ def scene_row(rows: list[dict]) -> dict:
     return next((row for row in captions if row.get("answer", "").count(" then ") >= 2), captions[0])
 
 
+def losses(run: Path) -> None:
+    """<run>/report.png while training runs: the loss curves alone."""
+    figure = plt.figure(figsize=(9, 5), layout="constrained")
+    draw_losses(figure.add_subplot(), Path(run) / "log.jsonl")
+    save(figure, run)
+
+
+def save(figure, run: Path) -> Path:
+    partial = Path(run) / ".report.partial.png"
+    figure.savefig(partial, dpi=110)
+    plt.close(figure)
+    return partial.replace(Path(run) / "report.png")
+
+
 def report(run: Path, model: AudioFlamingo, tokenizer: Tokenizer, folder: Path) -> Path:
     """Draw <run>/report.png from the run's log and the test split of a prepared data set; returns its path.
 
@@ -276,8 +290,4 @@ def report(run: Path, model: AudioFlamingo, tokenizer: Tokenizer, folder: Path) 
     truth = row.get("answer") or row["answers"][0]
     asked, said, truth = (plain(words, 60) for words in (row["prompt"], tokenizer.decode(answer), truth))
     figure.suptitle(f"{plain(Path(run).name)}: asked “{asked}”, it says “{said}” (true: “{truth}”)", fontsize=13)
-    partial = Path(run) / ".report.partial.png"
-    figure.savefig(partial, dpi=110)
-    plt.close(figure)
-    partial.replace(Path(run) / "report.png")
-    return Path(run) / "report.png"
+    return save(figure, run)

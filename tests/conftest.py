@@ -11,7 +11,7 @@ import torch
 
 import micro
 import training
-from af_min import manifest, scenes
+from af_min import engine, manifest, scenes
 from af_min.text import Tokenizer
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
@@ -65,15 +65,16 @@ def trained(tmp_path_factory, scenes_data):
     folder, seen = tmp_path_factory.mktemp("trained"), {}
 
     def spy(patch):
-        stage_of_train = training.TRAIN.train_stage
+        real = engine.Trainer.run
 
         def copy(module):
             return {name: value.detach().clone() for name, value in module.state_dict().items()}
 
-        def watched(stage, first_step, everything, *rest):
-            before = copy(everything)
-            stage_of_train(stage, first_step, everything, *rest)
-            seen[stage] = before, copy(everything)
-        patch.setattr(training.TRAIN, "train_stage", watched)
+        def watched(self, *rest):
+            before = copy(self.everything)
+            meter = real(self, *rest)
+            seen[self.stage] = before, copy(self.everything)
+            return meter
+        patch.setattr(engine.Trainer, "run", watched)
     training.train(folder, scenes_data, "--name", "whole", before=spy)
     return folder / "runs" / "whole", seen

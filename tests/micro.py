@@ -1,6 +1,8 @@
 """A preset that trains in seconds, for tests alone; as a script it is train.py with that preset and without evaluation.
 
-    python tests/micro.py [--die-at STAGE:STEP] FLAGS OF TRAIN.PY       kills itself with SIGKILL before that step
+    python tests/micro.py [--double] [--die-at STAGE:STEP] FLAGS OF TRAIN.PY
+
+--die-at kills it with SIGKILL before that step, --double computes in float64.
 
 `micro-still` is `micro` without dropout: what is dropped depends on how a batch is shared out.
 """
@@ -39,18 +41,34 @@ def train_module():
 
 def die_before(train, stage: str, step: int) -> None:
     """kill -9 in the middle of a training: when step number `step` of `stage` wants to know its learning rate."""
-    rate = train.rate
+    from af_min import engine
+    rate = engine.rate
 
     def deadly_rate(now, settings):
-        if settings == train.STAGES["micro"][stage] and now == step:
+        if settings == train.STAGES["micro"][stage] and now == step and not int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
             os.kill(os.getpid(), signal.SIGKILL)
         return rate(now, settings)
-    train.rate = deadly_rate
+    engine.rate = deadly_rate
+
+
+def in_double() -> None:
+    """Train in float64, so that rounding cannot hide or excuse a difference; the encoder's embeddings are what they are."""
+    import torch
+    from af_min import engine
+    begin = engine.Trainer.__init__
+
+    def double(self, stage, everything, *rest):
+        torch.Tensor.float = torch.Tensor.double                       # the loss, which is computed in float32 at least
+        begin(self, stage, everything.double(), *rest)
+    engine.Trainer.__init__ = double
 
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
     train = train_module()
+    if sys.argv[1] == "--double":
+        in_double()
+        del sys.argv[1]
     if sys.argv[1] == "--die-at":
         stage, step = sys.argv[2].split(":")
         die_before(train, stage, int(step))

@@ -169,10 +169,11 @@ def test_every_stage_has_its_rows(prepared, stage, tasks):
 
 
 def test_each_reference_is_a_sample_and_what_cannot_be_learned_is_dropped(tokenizer):
-    samples = tokenized(ROWS[:1], tokenizer, 100)
+    samples, tasks = tokenized(ROWS[:1], tokenizer, 100)
+    assert tasks == ["AQA", "AQA"]
     assert [tokenizer.decode(s.ids).split("Answer:")[1].strip() for s in samples] == ["no", "never"]
-    assert tokenized(ROWS[:1], tokenizer, 8) == [], "cut before its answer"
-    assert tokenized([{**ROWS[3], "turns": [{"user": "a", "assistant": "b", "loss": False}]}], tokenizer, 100) == []
+    assert tokenized(ROWS[:1], tokenizer, 8) == ([], []), "cut before its answer"
+    assert tokenized([{**ROWS[3], "turns": [{"user": "a", "assistant": "b", "loss": False}]}], tokenizer, 100) == ([], [])
 
 
 def test_recordings_of_rows_of_their_shots_and_of_their_pools():

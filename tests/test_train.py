@@ -7,12 +7,9 @@ import pytest
 import torch
 
 import micro
-from af_min import checkpoint
+from af_min import checkpoint, engine
 from af_min.config import StageConfig
-from training import ROOT, TRAIN, log, losses, spawn, train, weights
-
-STAGES = ("clap", "lm", "pretrain", "sft")
-
+from training import ROOT, STAGES, log, losses, spawn, train, weights
 
 # ---------------------------------------------------------------------- stages
 
@@ -46,7 +43,9 @@ def test_the_log_has_every_step_with_its_rate(trained):
     assert [(line["stage"], line["step"]) for line in lines] == [(stage, step) for stage in STAGES for step in range(micro.STEPS)]
     for line in lines:
         assert math.isfinite(line["loss"]) and line["grad_norm"] > 0 and len(line["gates"]) == 2
-        assert line["lr"] == pytest.approx(TRAIN.rate(line["step"], micro.STAGES[line["stage"]]))
+        assert line["tokens_per_s"] > line["samples_per_s"] > 0 and 0 <= line["padding"] < 1 and 0.05 < line["memory_gb"] < 50
+        assert min(line["tasks"].values()) - 1e-3 <= line["loss"] <= max(line["tasks"].values()) + 1e-3, "a mean of the tasks"
+        assert line["lr"] == pytest.approx(engine.rate(line["step"], micro.STAGES[line["stage"]]))
 
 
 def test_the_run_folder_holds_all_that_it_needs(trained):
@@ -63,8 +62,8 @@ def test_the_run_folder_holds_all_that_it_needs(trained):
 def test_the_learning_rate_by_hand(decay, expected):
     """Linear warm-up, then constant, or in a line to a twentieth."""
     c = StageConfig(steps=8, lr=3.0, warmup=4, batch=1, batch_tokens=1, decay=decay)
-    assert [TRAIN.rate(step, c) / 3.0 for step in range(8)] == pytest.approx(expected)
-    assert TRAIN.rate(8, dataclasses.replace(c, decay=True)) / 3.0 == pytest.approx(0.05)
+    assert [engine.rate(step, c) / 3.0 for step in range(8)] == pytest.approx(expected)
+    assert engine.rate(8, dataclasses.replace(c, decay=True)) / 3.0 == pytest.approx(0.05)
 
 
 def test_init_starts_from_another_runs_weights_and_tokenizer(trained, scenes_data, tmp_path):
@@ -73,7 +72,7 @@ def test_init_starts_from_another_runs_weights_and_tokenizer(trained, scenes_dat
     before, after = weights(trained[0] / "model.safetensors"), weights(new / "model.safetensors")
     assert (new / "tokenizer.model").read_bytes() == (trained[0] / "tokenizer.model").read_bytes()
     assert all(torch.equal(before[n], after[n]) for n in before if n.startswith("encoder."))
-    rate = TRAIN.rate(0, dataclasses.replace(micro.STAGES["sft"], warmup=1))
+    rate = engine.rate(0, dataclasses.replace(micro.STAGES["sft"], warmup=1))
     for name in before:                                    # one AdamW step moves no weight by much more than the learning rate
         assert (after[name] - before[name]).abs().max() <= 1.2 * rate
     assert [(line["stage"], line["step"]) for line in log(new)] == [("sft", 0)]
@@ -93,16 +92,84 @@ def same_curve(run, expected):
     got, expected = losses(run), losses(expected)
     assert [line[:2] for line in got] == [line[:2] for line in expected]
     for (stage, step, loss), (_, _, wanted) in zip(got, expected):
-        assert loss == pytest.approx(wanted, rel=1e-5, abs=1.01e-5), (stage, step)      # the log has 5 decimals
+        assert loss == pytest.approx(wanted, rel=1e-5, abs=1e-5), (stage, step)
 
 
 def test_two_processes_learn_what_one_learns(alone, scenes_data, tmp_path):
-    code, printed = spawn(tmp_path, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, ROOT / "tests" / "micro.py",
-                          "--preset", "micro-still", "--data", scenes_data, "--checkpoint-every", 2, "--name", "run")
+    torchrun(tmp_path, 2, scenes_data, "--name", "run", "--checkpoint-every", 2)
+    same_curve(tmp_path / "runs" / "run", alone)
+
+
+def torchrun(folder, processes, data, *flags):
+    code, printed = spawn(folder, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes, ROOT / "tests" / "micro.py",
+                          *(["--double"] * ("--double" in flags)), "--preset", "micro-still", "--data", data,
+                          *(flag for flag in flags if flag != "--double"))
     assert code == 0, printed
+
+
+def one(folder, data, *flags):
+    code, printed = spawn(folder, ROOT / "tests" / "micro.py", "--double", "--preset", "micro-still", "--data", data, *flags)
+    assert code == 0, printed
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "sft"])
+def test_sharded_processes_move_the_same_weights_by_the_same_amount(alone, scenes_data, tmp_path, stage):
+    """FSDP2, float64: every weight of the stage (in sft every layer of the LM), no other; the run folder is a whole one."""
+    flags = ["--init", alone, "--stage", stage, "--steps", 2]
+    one(tmp_path, scenes_data, *flags, "--name", "one")
+    torchrun(tmp_path, 2, scenes_data, *flags, "--name", "two", "--shard", "--double")
+    start, one_process, two = (weights(run / "model.safetensors") for run in (alone, tmp_path / "runs" / "one", tmp_path / "runs" / "two"))
+    for name, value in one_process.items():
+        own = ("model." + name).startswith(OWN[stage]) and "model." + name not in FIXED
+        own &= not name.endswith("attention.k.bias")       # shifts all scores of a query alike: its gradient is 0, but for rounding
+        assert torch.allclose(two[name].to(value), value, rtol=0, atol=1e-6) and torch.equal(two[name].to(start[name]), start[name]) != own, name
+    same_curve(tmp_path / "runs" / "two", tmp_path / "runs" / "one")
+
+
+@pytest.mark.slow
+def test_curves_of_one_two_and_three_processes_sharded_or_not(alone, scenes_data, tmp_path):
+    """100 steps of sft in float64, the same global batch: equal to 1e-6."""
+    flags = ["--init", alone, "--stage", "sft", "--steps", 100, "--checkpoint-every", 50]
+    one(tmp_path, scenes_data, *flags, "--name", "one")
+    for processes in (2, 3):
+        for kind in ([], ["--shard"]):
+            name = f"{processes}{''.join(kind)}"
+            torchrun(tmp_path, processes, scenes_data, *flags, "--name", name, "--double", *kind)
+            got, expected = losses(tmp_path / "runs" / name), losses(tmp_path / "runs" / "one")
+            assert len(got) == 100 and max(abs(a[2] - b[2]) for a, b in zip(got, expected)) <= 1e-6, name
+
+
+@pytest.mark.slow
+def test_torchrun_goes_on_after_a_process_dies_sharded_or_not(scenes_data, alone, tmp_path):
+    """--max-restarts: one process is killed before a step; all begin again at the last checkpoint."""
+    for kind in ([], ["--shard"]):
+        flags = ["--preset", "micro-still", "--data", scenes_data, "--init", alone, "--stage", "sft", "--checkpoint-every", 2, "--name", *(kind or ["plain"])]
+        flags = [*flags[:-1], f"run{len(kind)}", *kind]
+        code, printed = spawn(tmp_path, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "--max-restarts", 1,
+                              ROOT / "tests" / "micro.py", "--die-at", "sft:3", *flags)
+        assert code == 0, printed
+    train(tmp_path, scenes_data, "--preset", "micro-still", "--init", alone, "--stage", "sft", "--name", "whole")
+    for run in ("run0", "run1"):
+        same_curve(tmp_path / "runs" / run, tmp_path / "runs" / "whole")
+
+
+def test_recomputed_activations_change_nothing(alone, scenes_data, tmp_path):
+    train(tmp_path, scenes_data, "--preset", "micro-still", "--name", "run", "--checkpoint-activations")
+    assert losses(tmp_path / "runs" / "run") == losses(alone)
+
+
+@pytest.mark.slow
+def test_compiled_layers_learn_the_same(alone, scenes_data, tmp_path):
+    train(tmp_path, scenes_data, "--preset", "micro-still", "--name", "run", "--compile")
     same_curve(tmp_path / "runs" / "run", alone)
 
 
 def test_a_batch_in_two_parts_is_the_batch(alone, scenes_data, tmp_path):
     train(tmp_path, scenes_data, "--preset", "micro-still", "--name", "run", "--accumulate", 2)
     same_curve(tmp_path / "runs" / "run", alone)
+
+
+def test_padding_is_under_a_tenth_of_the_mixed_data(alone):
+    """Single, few-shot and dialogue samples in the batches of the stages that read them."""
+    lines = [line["padding"] for line in log(alone) if line["stage"] != "clap"]
+    assert sum(lines) / len(lines) < 0.1

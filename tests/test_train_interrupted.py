@@ -1,13 +1,21 @@
 """checkpoint.py, train.py --resume: a kill at any moment costs nothing but time."""
+import contextlib
 import json
+import os
+import random
+import resource
+import shutil
 import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from af_min import checkpoint
-from training import ROOT, TRAIN, log, losses, spawn, train, weights
+from af_min import checkpoint, engine
+from training import ROOT, STAGES, log, losses, spawn, train, weights
 
 
 # ---------------------------------------------------------------------- interruptions
@@ -19,7 +27,7 @@ def test_killed_and_resumed_is_never_interrupted(trained, scenes_data, tmp_path)
         code, printed = spawn(tmp_path, ROOT / "tests" / "micro.py", "--die-at", stage, *flags, *more)
         assert code == -signal.SIGKILL, printed
     run = tmp_path / "runs" / "cut"
-    assert json.loads((run / "checkpoint" / "state.json").read_text()) == {"stage": "sft", "step": 2}
+    assert checkpoint.find_checkpoint(run, STAGES)[1] == {"stage": "sft", "step": 2}
     assert not (run / "model.safetensors").exists()
     with open(run / "log.jsonl", "a") as file:             # what a kill may leave: steps that are to be done again, half a line
         file.write(json.dumps({"stage": "sft", "step": 2, "loss": 9.9}) + '\n{"stage": "sft", "st')
@@ -50,12 +58,123 @@ def test_a_new_training_does_not_resume_an_older_one_of_its_name(trained, scenes
     def kill(patch):
         def now(*_):
             raise Killed
-        patch.setattr(TRAIN, "rate", now)
+        patch.setattr(engine, "rate", now)
     with pytest.raises(Killed):
         train(tmp_path, scenes_data, "--name", "x", "--stage", "lm", "--steps", 2, "--seed", 1, before=kill)
     with pytest.raises(SystemExit):
         train(tmp_path, scenes_data, "--name", "x", "--stage", "lm", "--steps", 2, "--resume")
     assert "holds no checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments(trained, scenes_data, tmp_path):
+    """Also while a checkpoint is written, which is after every step."""
+    rng, run, kills = random.Random(0), tmp_path / "runs" / "cut", 0
+    flags = ["--name", "cut", "--preset", "micro", "--no-evaluate", "--data", str(scenes_data), "--checkpoint-every", "1"]
+    command = [sys.executable, str(ROOT / "tests" / "micro.py"), *flags]
+    while kills < 20:
+        reached = len(log(run)) if checkpoint.find_checkpoint(run, STAGES) else 0
+        process = subprocess.Popen(command + ["--resume"] * bool(reached), cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
+                                   stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        while not (run / "checkpoint").exists() and process.poll() is None:
+            time.sleep(0.01)
+        seen = (run / "checkpoint" / "state.json").read_bytes() if reached else b""
+        while process.poll() is None:                      # a step more, so that twenty kills end; then at any moment
+            with contextlib.suppress(FileNotFoundError):
+                if (run / "checkpoint" / "state.json").read_bytes() != seen:
+                    break
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.05))
+        finished = process.poll() is not None
+        process.kill()
+        process.wait()
+        kills += not finished
+        if finished:
+            break
+    train(tmp_path, scenes_data, "--name", "cut", "--resume")
+    whole, resumed = (weights(r / "model.safetensors") for r in (trained[0], run))
+    assert kills >= 10 and all(torch.equal(whole[name], resumed[name]) for name in whole) and losses(run) == losses(trained[0])
+
+
+def test_a_damaged_checkpoint_is_told_and_the_one_before_it_used(trained, scenes_data, tmp_path, capsys):
+    """One bit of a weight: found by its checksum; the run ends where it would have ended."""
+    shutil.copytree(trained[0], tmp_path / "runs" / "run")
+    run = tmp_path / "runs" / "run"
+    for name in ("model.safetensors", "checkpoint/model.safetensors"):
+        damaged = bytearray((run / name).read_bytes())
+        damaged[-1] ^= 1
+        (run / name).write_bytes(damaged)
+    train(tmp_path, scenes_data, "--name", "run", "--resume")
+    assert "checkpoint/model.safetensors: damaged" in (said := capsys.readouterr().err) and "sft step 4" in said
+    whole, resumed = (weights(r / "model.safetensors") for r in (trained[0], run))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole) and losses(run) == losses(trained[0])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_after_the_step_with_a_checkpoint(trained, scenes_data, tmp_path, capsys, number):
+    def before(patch):
+        rate = engine.rate
+
+        def signalled(step, c):
+            if step == 1 and not (tmp_path / "sent").exists():
+                (tmp_path / "sent").touch()
+                os.kill(os.getpid(), number)
+            return rate(step, c)
+        patch.setattr(engine, "rate", signalled)
+    with pytest.raises(SystemExit) as stop:
+        train(tmp_path, scenes_data, "--name", "x", "--checkpoint-every", 100, before=before)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "stopped" in line]
+    assert stop.value.code == 128 + number and len(lines) == 1 and "after step 2 of clap" in lines[0]
+    assert checkpoint.find_checkpoint(tmp_path / "runs" / "x", STAGES)[1] == {"stage": "clap", "step": 2}
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    train(tmp_path, scenes_data, "--name", "x", "--resume")
+    whole, resumed = (weights(r / "model.safetensors") for r in (trained[0], tmp_path / "runs" / "x"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(trained, scenes_data, tmp_path, capsys):
+    """Files may not grow beyond 40 kB from step 3 on, which is what a full disk looks like to those who write."""
+    def before(patch):
+        rate = engine.rate
+
+        def full(step, c):
+            if step == 2:
+                signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+                resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, resource.RLIM_INFINITY))
+            return rate(step, c)
+        patch.setattr(engine, "rate", full)
+    try:
+        with pytest.raises(SystemExit) as stop:
+            train(tmp_path, scenes_data, "--name", "x", "--stage", "clap", "--steps", 5, before=before)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    errors = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert stop.value.code == 2 and len(errors) == 1 and "runs/x: cannot be written" in errors[0]
+    assert checkpoint.find_checkpoint(tmp_path / "runs" / "x", STAGES)[1]["step"] == 2
+    train(tmp_path, scenes_data, "--name", "x", "--resume")
+    assert [line["step"] for line in log(tmp_path / "runs" / "x")] == list(range(5))
+
+
+def test_a_loss_that_is_no_number_names_the_samples(trained, scenes_data, tmp_path, capsys):
+    """One recording's embedding is NaN: the line names it, and not the whole data set."""
+    from af_min import data
+    victims = []
+
+    def before(patch):
+        collate = data.Mixture.collate
+
+        def poisoned(self, places, *rest):
+            batch = collate(self, places, *rest)
+            if not victims:
+                victims.extend(self.datasets[d].samples[i].audios[0][0] for d, i in places)
+                batch.windows_AWD[:] = float("nan")
+            return batch
+        patch.setattr(data.Mixture, "collate", poisoned)
+    with pytest.raises(SystemExit) as stop:
+        train(tmp_path, scenes_data, "--init", trained[0], "--stage", "sft", "--name", "x", before=before)
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and "sft step 0: loss nan" in said and all(name in said for name in victims)
+    assert said.count("audio/") < 40
 
 
 # ---------------------------------------------------------------------- saving
@@ -102,15 +221,15 @@ def test_a_kill_at_any_moment_of_saving_leaves_a_whole_checkpoint(tmp_path, monk
         checkpoint.save_checkpoint(tmp_path, *values(2))
     except Killed:
         pass
-    found = checkpoint.find_checkpoint(tmp_path)
-    number = checkpoint.read_json(found / "state.json")["step"]
+    found, state = checkpoint.find_checkpoint(tmp_path, STAGES)
+    number = state["step"]
     got = checkpoint.read_tensors(found / "model.safetensors")
     assert all(torch.equal(got[name], value) for name, value in expected[number].items())
     assert (found / "optimizer.safetensors").exists()
     monkeypatch.undo()
     checkpoint.save_checkpoint(tmp_path, *values(2))                          # and the next save goes well
-    assert checkpoint.read_json(checkpoint.find_checkpoint(tmp_path) / "state.json")["step"] == 2
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+    assert checkpoint.find_checkpoint(tmp_path, STAGES)[1]["step"] == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "checkpoint.old"]
 
 
 def test_the_optimizer_goes_on_from_its_saved_state(tmp_path):

@@ -53,6 +53,7 @@ ROW = {"audio": "audio/a.wav", "task": "AQA", "prompt": "is there a bell?", "ans
     (["--data", "data/x", "--lr", "-1"], "--lr -1"),
     (["--data", "data/x", "--lr", "nan"], "--lr nan"),
     (["--stage", "evaluate"], "--stage"), (["--preset", "huge"], "--preset"), (["--steps", "many"], "--steps"),
+    (["--data", "data/x", "--shard"], "torchrun"),
     (["--colour", "red"], "--colour"), (["--step", "5"], "--step")])
 def test_mistakes_at_train_py(tmp_path, capsys, flags, says):
     a_data_set(tmp_path / "data" / "x", [ROW] * 3)
@@ -156,15 +157,15 @@ def test_a_damaged_run_is_named_in_one_line(run, damage):
 
 
 @pytest.mark.parametrize("file, content", [("state.json", "{}"), ("state.json", "[1"), ("model.safetensors", ""), ("optimizer.safetensors", "x")])
-def test_a_damaged_checkpoint_is_named_in_one_line(run, scenes_data, capsys, file, content):
+def test_damaged_checkpoints_are_named_in_one_line(run, scenes_data, capsys, file, content):
+    """Both the last and the one before it."""
     folder = run.parent / "runs"
     folder.mkdir()
     run.rename(folder / "run")
-    state = folder / "run" / "checkpoint"
-    (state / "state.json").write_text('{"stage": "sft", "step": 2}')
-    (state / file).write_text(content)
+    for name in checkpoint.CHECKPOINTS:
+        (folder / "run" / name / file).write_text(content)
     said = mistake(capsys, TRAIN, run.parent, "--preset", "micro", "--no-evaluate", "--data", scenes_data, "--name", "run", "--resume")
-    assert file in said
+    assert file in said and "leave --resume away" in said
 
 
 def test_a_configuration_survives_the_way_to_disk_and_back(tmp_path, tokenizer):

@@ -14,6 +14,7 @@ from af_min import cli
 
 ROOT = Path(__file__).parents[1]
 TRAIN = micro.train_module()
+STAGES = TRAIN.ALL_STAGES
 
 
 def run_main(module, folder, flags, before=None):

@@ -1,0 +1,252 @@
+"""The loop that every stage runs in: the same steps on one process or many, resumed or not.
+
+    g = sum over processes and parts of d loss / d weights,   g <- g min(1, clip / |g|),   one step of AdamW
+
+Losses are sums over this process's share divided by a number of the whole batch (stages.py): gradients add up and nothing is
+averaged. Without --shard each process has all weights; gradients are added up once a step, in one message, whatever
+the number of parts. With --shard (FSDP2) each process keeps a slice of every weight, its gradient and its optimizer state, and
+fetches a layer's weights when it needs them.
+"""
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import platform
+import resource
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.utils.checkpoint
+from torch import nn
+from tqdm import tqdm
+
+from . import checkpoint
+from .cli import UserError
+from .config import StageConfig
+from .stages import Everything, Step
+
+PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40": 181e12, "4090": 165e12}      # bf16 FLOP/s, without sparsity
+
+
+@dataclass(frozen=True)
+class World:
+    rank: int
+    size: int
+    device: torch.device
+
+    @classmethod
+    def start(cls) -> "World":
+        """One process alone, or one of those that torchrun started."""
+        cuda = torch.cuda.is_available()
+        rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+        if cuda:
+            torch.cuda.set_device(device)
+        else:
+            torch.set_num_threads(max(1, int(os.environ["OMP_NUM_THREADS"])))
+        if size > 1:
+            dist.init_process_group("nccl" if cuda else "gloo")
+        return cls(rank, size, device)
+
+    def sum_gradients(self, parameters: list[nn.Parameter]) -> None:
+        """Add up gradients over processes, in one message; a parameter that took no part counts as 0."""
+        if self.size == 1:
+            return
+        flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in parameters])
+        dist.all_reduce(flat)
+        for p, g in zip(parameters, flat.split([p.numel() for p in parameters])):
+            p.grad = g.view_as(p).clone()
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def wait(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+
+def shard(everything: Everything, world: World) -> None:
+    """FSDP2: every layer's weights are spread over all processes. Encoder and text tower, frozen here, stay whole."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+    m, mesh = everything.model, init_device_mesh(world.device.type, (world.size,))
+    half = torch.bfloat16 if world.device.type == "cuda" else None
+    split = functools.partial(fully_shard, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=half, reduce_dtype=half and torch.float32))
+    for block in m.xattn.values():
+        split(block)
+        register_fsdp_forward_method(block, "keys_values")
+    for layer in [m.representation, *m.lm.layers]:
+        split(layer)
+    split(everything, ignored_params={*m.encoder.parameters(), *everything.text_tower.parameters(), everything.log_scale})
+
+
+def lighten(everything: Everything, args) -> None:
+    """--checkpoint-activations and --compile, of each large layer for itself."""
+    for layer in [*everything.model.xattn.values(), *everything.model.lm.layers]:
+        if args.checkpoint_activations:                          # the forward pass keeps a layer's input alone, and is done again
+            layer.forward = functools.partial(torch.utils.checkpoint.checkpoint, layer.forward, use_reentrant=False)
+        if args.compile:
+            layer.compile(dynamic=True)
+
+
+def rate(step: int, c: StageConfig) -> float:
+    """Learning rate of a step (0, 1, ...): linear warm-up, then constant, or linear down to a twentieth."""
+    if step < c.warmup:
+        return c.lr * (step + 1) / c.warmup
+    if not c.decay:
+        return c.lr
+    return c.lr * (1 - 0.95 * (step - c.warmup) / max(1, c.steps - c.warmup))
+
+
+class Stop:
+    """SIGTERM or Ctrl-C during training is noted, and answered at the end of the step; a second Ctrl-C is answered at once."""
+
+    def __enter__(self) -> "Stop":
+        self.signal = 0
+        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def note(self, number: int, frame) -> None:
+        if self.signal == number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = number
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def peak_memory(device: torch.device) -> float:
+    """GB, of this process since it began."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
+
+
+def gates(everything: Everything) -> list[float]:
+    """tanh(attn_gate) of every cross-attention block; a sharded one lies on process 0."""
+    raw = [b.attn_gate.detach() for b in everything.model.xattn.values()]
+    return [round(g, 4) for g in torch.cat([g.to_local() if hasattr(g, "to_local") else g for g in raw]).float().tanh().tolist()]
+
+
+@dataclass
+class Meter:
+    """What a stage has done since it began or was resumed."""
+    stage: str
+    steps: int = 0
+    seconds: float = 0.0
+    samples: int = 0
+    tokens: int = 0
+    padded: int = 0
+    flops: float = 0.0
+
+    def add(self, step: Step, seconds: float) -> None:
+        self.steps, self.seconds = self.steps + 1, self.seconds + seconds
+        for name in ("samples", "tokens", "padded", "flops"):
+            setattr(self, name, getattr(self, name) + getattr(step, name))
+
+    def line(self, moving: int, world: World) -> str:
+        """One line of the final footer."""
+        rate, seconds = self.flops / max(self.seconds, 1e-9) / world.size, max(self.seconds, 1e-9)
+        name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu"
+        peak = next((peak for card, peak in PEAK.items() if card in name), 0)
+        used = (f", {rate / 1e9:.0f} GFLOP/s" + (f" (MFU {rate / peak:.1%} of {name})" if peak else "")) if self.flops else ""
+        return (f"  {self.stage:8s} {moving / 1e6:.2f} M learn, {self.steps} steps of {1000 * seconds / max(1, self.steps):.0f} ms, "
+                f"{self.samples / seconds:.0f} samples/s, {self.tokens / seconds:.0f} tokens/s, "
+                f"padding {1 - self.tokens / max(1, self.padded):.1%}{used}, {peak_memory(world.device):.2f} GB")
+
+
+def footer(everything: Everything, lines: list[str], seconds: float, world: World) -> str:
+    total = sum(p.numel() for p in everything.model.parameters())
+    return "\n".join([f"{total / 1e6:.2f} M parameters, {seconds:.0f} s on {world.size} x {world.device.type}, {torch.get_num_threads()} "
+                      f"threads, torch {torch.__version__}, Python {platform.python_version()}", *lines])
+
+
+class Trainer:
+    """One stage: its optimizer, and how a step is made."""
+
+    def __init__(self, stage: str, everything: Everything, objective, c: StageConfig, args, world: World):
+        self.stage, self.everything, self.objective, self.c, self.world = stage, everything, objective, c, world
+        self.sharded = args.shard and stage != "clap"
+        everything.freeze_but(stage)
+        if self.sharded:
+            shard(everything, world)
+        self.parameters = everything.freeze_but(stage)           # those that sharding put in the place of the first
+        matrices, vectors = ([p for p in self.parameters if (p.ndim > 1) == many] for many in (True, False))
+        self.optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": c.weight_decay},
+                                            {"params": vectors, "weight_decay": 0.0}], lr=c.lr, betas=(0.9, 0.95), fused=True)
+
+    def step(self, number: int, seed: int, stop: Stop) -> tuple[Step, dict, int]:
+        """-> the batch, its losses and gradient norm, the sum of the processes' signals (0: go on)."""
+        torch.manual_seed(seed * 1_000_003 + number)  # what dropout draws depends on the step alone
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate(number, self.c)
+        self.optimizer.zero_grad(set_to_none=True)
+        step, world = self.objective.step(number), self.world
+        totals = torch.zeros(2 + len(step.counts), dtype=torch.float64, device=world.device)
+        losses = []
+        for i, (_, loss) in enumerate(step.parts):
+            if self.sharded:
+                self.everything.set_requires_gradient_sync(i + 1 == len(step.parts))     # one message a layer and step
+            value, sums = loss()
+            (value * world.size if self.sharded else value).backward()                   # FSDP2 averages; we add up
+            losses.append(value.detach())
+            totals[0] += losses[-1]
+            totals[2:] += sums
+        totals[1] = stop.signal
+        total, stopped, *sums = world.sum(totals).tolist()
+        if not self.sharded:
+            world.sum_gradients(self.parameters)
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.c.clip)
+        norm = float(norm.full_tensor() if self.sharded else norm)
+        if not (math.isfinite(total) and math.isfinite(norm)):
+            bad = [names for (names, _), value in zip(step.parts, losses) if not math.isfinite(value)] or [p[0] for p in step.parts]
+            raise UserError(f"{self.stage} step {number}: loss {total}, gradient norm {norm}; the last checkpoint is whole: --resume "
+                            f"with a lower --lr, or without these samples: {'; '.join(name for names in bad for name in names)}")
+        self.optimizer.step()
+        tasks = {task: round(s / n, 4) for task, s, n in zip(self.objective.tasks, sums, step.counts) if n}
+        return step, {"loss": round(total, 7), "tasks": tasks, "lr": rate(number, self.c), "grad_norm": round(norm, 4)}, int(stopped)
+
+    def run(self, first: int, args, run: Path, found: Path | None, on_checkpoint=lambda: None) -> Meter:
+        """Steps first .. c.steps, with a line in log.jsonl for each and a checkpoint every so often."""
+        c, world, meter, smooth, started = self.c, self.world, Meter(self.stage), None, time.time()
+        if first and found:
+            checkpoint.load_training(found, self.everything, self.optimizer, world.device, self.sharded)
+        bar = tqdm(range(first, c.steps), f"{self.stage:8s} ({sum(p.numel() for p in self.parameters) / 1e6:.2f} M learn)", initial=first,
+                   total=c.steps, disable=world.rank > 0, unit="step", mininterval=0.5, smoothing=0.05)
+        with Stop() as stop, open(run / "log.jsonl" if world.rank == 0 else os.devnull, "a") as log:
+            for number in bar:
+                began = time.perf_counter()
+                step, entry, stopped = self.step(number, args.seed, stop)
+                seconds = time.perf_counter() - began
+                meter.add(step, seconds)
+                smooth = entry["loss"] if smooth is None else 0.95 * smooth + 0.05 * entry["loss"]
+                bar.set_postfix_str(f"loss {smooth:.3f}", refresh=False)
+                log.write(json.dumps({"stage": self.stage, "step": number, **entry, "gates": gates(self.everything),
+                                      "tokens_per_s": round(step.tokens / seconds), "samples_per_s": round(step.samples / seconds, 1),
+                                      "padding": round(1 - step.tokens / max(1, step.padded), 3),
+                                      "memory_gb": round(peak_memory(world.device), 3), "seconds": round(time.time() - started, 2)}) + "\n")
+                if stopped or (number + 1) % args.checkpoint_every == 0 or number + 1 == c.steps:
+                    try:
+                        log.flush()
+                        checkpoint.save_checkpoint(run, self.everything, self.optimizer, {"stage": self.stage, "step": number + 1},
+                                                   world.rank, self.sharded, world.wait)
+                    except (OSError, checkpoint.SafetensorError) as error:
+                        raise UserError(f"{run}: cannot be written ({error}): the last checkpoint is whole; make room, then --resume") from None
+                    on_checkpoint()
+                if stopped and number + 1 < c.steps:
+                    bar.close()
+                    if world.rank == 0:
+                        print(f"stopped by {signal.Signals(stop.signal or signal.SIGTERM).name} after step {number + 1} of {self.stage}; "
+                              "--resume goes on from there", file=sys.stderr)
+                    sys.exit(128 + (stop.signal or signal.SIGTERM))
+        return meter
