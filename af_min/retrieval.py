@@ -12,7 +12,12 @@ example. Examples come from the train split alone.
 The command gives every training row with one answer 1 to J examples of its task, nearest last, and writes the result as further rows
 of train.jsonl ("shots", and "retrieved": nearest or random); those of an earlier call are replaced. With --device cuda, or up
 to FAISS_ABOVE recordings, the search is exact; beyond that, on a CPU, with faiss-cpu installed, it is an inverted file (IVF),
-which looks at a part of the vectors (tests/bench_retrieval.py measures both).
+which looks at a part of the vectors. Measured (tests/bench_retrieval.py) on one busy core, D = 1024, k = 8, 256 queries at once:
+
+    vectors                   10^4        10^5        10^6 (2 GB, memory-mapped)
+    exact, a query            0.26 ms     2.4 ms      62 ms
+    inverted file, built in   0.6 s       10 s        224 s
+    ... 32 cells, a query     0.08 ms     0.56 ms     3.6 ms      recall of the exact 8: 1.00, 1.00, .97 (of clustered random vectors)
 """
 from __future__ import annotations
 

@@ -10,8 +10,10 @@ overwrites both. A line whose vectors are not there (a copy that was cut off) co
 Several processes share the work: each encodes every n-th recording into a shelf of its own (vectors-<rank>.f16, index-<rank>.jsonl),
 and process 0 takes the shelves over; those that an interrupted run left are taken over by the next one.
 
-On paper, the paper's 5.9 M pairs as clips of 10 s, 3 windows each: 17.7 M windows, 36 GB of vectors, 0.5 GB of index, 12 GB of
-pooled vectors. 14.1 GFLOP a window make 2.5e17 FLOP: EMBED_HOURS
+Measured, the encoder at `af1` size (random weights, tests/bench_retrieval.py) on one busy CPU core: 2.5 recordings of 10 s, 7.5 windows, a
+second. On paper, the paper's 5.9 M pairs as such clips: 17.7 M windows, 36 GB of vectors, 0.5 GB of index, 12 GB of pooled vectors;
+14.1 GFLOP a window make 2.5e17 FLOP, 27 days of that core, or 0.7 h at 100 TFLOP/s, where reading and decoding 16 400 h of audio
+sets the pace; the nearest of all for all (7e16 FLOP) are 0.2 h at 100 TFLOP/s.
 """
 from __future__ import annotations
 

@@ -1,0 +1,214 @@
+"""The paper's claims, measured on a family of small models: `python -m af_min.evaluate --claims` (about an hour on two idle cores).
+
+Per seed one window encoder and one language model (stages clap, lm), and from there, on everything but dialogues:
+
+    windows        pretrain, sft                                        the model of the other comparisons
+    pooled         the same with one mean vector an audio               does the order of windows matter?
+    last, full     the same with another cross-attention mask           is seeing all audios so far better?
+    straight       sft alone, for as many steps as both stages          does the pre-training stage help?
+    chat           windows, then sft on the dialogues                   does dialogue fine-tuning make a chat model?
+
+and `windows` is asked with 0 to 8 shots, nearest or random. A table gives mean and [lowest, highest] over the seeds; "above" means
+that every seed of the one scores higher than every seed of the other, else no difference was found. With few steps and small models a
+missing difference says little about the paper's, and one that is found holds for this data set.
+
+Every model is a run folder below runs/claims: finished ones are not trained again, interrupted ones go on.
+"""
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from . import checkpoint, cli, data, manifest, scores
+from .answering import Answerer
+from .cli import UserError, flag
+from .store import Store
+
+SCENES = {"AudioCaptioning": "caption in exact order", "After": "what comes after X", "Before": "what comes before X", "Count": "count all"}
+EPISODES = {"FewShotSeen": "4 shots, classes seen", "FewShotUnseen": "4 shots, classes never seen"}
+CLAIMS = [  # claim, {label: (model, measure)}; the first label is what the others are compared with
+    *(("sliding windows", name, {"windows": ("windows", name), "pooled": ("pooled", name)}) for name in SCENES.values()),
+    ("number of shots", "pool of 12, nearest", {str(k): ("windows", f"{k} nearest") for k in (0, 1, 2, 4, 8)}),
+    ("retrieval", "pool of 12, 4 shots", {"nearest": ("windows", "4 nearest"), "random": ("windows", "4 random")}),
+    *(("mask", name, {"block": ("windows", measure), "last": ("last", measure), "full": ("full", measure)})
+      for name, measure in [*((name, name) for name in EPISODES.values()), ("pool of 12, 4 nearest", "4 nearest")]),
+    *(("pre-training stage", name, {"with": ("windows", name), "without": ("straight", name)}) for name in (*SCENES.values(), *EPISODES.values())),
+    ("dialogue fine-tuning", "turns 2 to 4", {"before": ("windows", "dialogue"), "after": ("chat", "dialogue")}),
+]
+
+
+@dataclass(frozen=True)
+class Args:
+    claims: bool = flag(True, "this table")
+    data: str = flag("data/scenes", "the embedded data set, prepared")
+    seeds: int = flag(3, "models of each kind")
+    steps: list[int] = flag([300, 350, 200, 600, 200], "steps of clap, lm, pretrain, sft, chat", nargs=5)
+    preset: str = flag("tiny", "dimensions and settings of train.py")
+    items: int = flag(200, "items of each task (0: all)")
+    out: str = flag("claims", "everything is written to runs/OUT")
+    trainer: str = flag(str(Path(__file__).parents[1] / "train.py"), "script that trains; its tests have another one")
+
+
+# ---------------------------------------------------------------------- training
+
+def view(source: Path, target: Path, dialogues: bool, embeddings: Path) -> Path:
+    """A data set of the source's recordings with the training rows that are dialogues, or those that are not. Embeddings are shared."""
+    if not (target / manifest.CARD).exists():
+        target.mkdir(parents=True, exist_ok=True)
+        embeddings.mkdir(parents=True, exist_ok=True)
+        for name, original in (("audio", source / "audio"), ("val.jsonl", source / "val.jsonl"), ("test.jsonl", source / "test.jsonl"),
+                               ("embeddings", embeddings)):
+            (target / name).unlink(missing_ok=True)
+            os.symlink(original.resolve(), target / name)
+        rows = [row for row in manifest.read_rows(source / "train.jsonl") if row["task"] == "WindowText" or ("turns" in row) == dialogues]
+        manifest.write_rows(target / "train.jsonl", rows)
+        shutil.copy(source / manifest.CARD, target / manifest.CARD)
+    return target
+
+
+def train(args: Args, name: str, stage: str, steps: int, seed: int, folder: Path, start: str = "") -> str:
+    """One stage as a run of its own, unless that run is finished -> its name below runs/OUT."""
+    run = Path("runs") / args.out / name
+    if (run / "model.safetensors").exists():
+        return name
+    command = [sys.executable, args.trainer, "--preset", args.preset, "--stage", stage, "--steps", str(steps), "--seed", str(seed),
+               "--data", str(folder), "--name", f"{args.out}/{name}", "--no-evaluate"]
+    command += ["--init", f"runs/{args.out}/{start}"] if start else []
+    command += ["--resume"] if any(run.glob("checkpoint*/state.json")) else []
+    print(f"{name}: {steps} steps of {stage}", flush=True)
+    if subprocess.run(command).returncode:
+        raise UserError(f"runs/{args.out}/{name}: training failed (see above); the command goes on there when it is given again")
+    shutil.rmtree(run / "checkpoint", ignore_errors=True)
+    return name
+
+
+def changed(args: Args, start: str, name: str, **settings) -> str:
+    """A copy of a run under another configuration with the same weights."""
+    source, run = (Path("runs") / args.out / n for n in (start, name))
+    if not (run / "model.safetensors").exists():
+        config = checkpoint.load_config(source)
+        mask = settings.pop("mask", config.xattn.mask)
+        config = dataclasses.replace(config, xattn=dataclasses.replace(config.xattn, mask=mask), **settings)
+        run.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source / "tokenizer.model", run)
+        values = json.loads((source / "config.json").read_text())
+        checkpoint.write_json(run / "config.json", {**values, "model": dataclasses.asdict(config)})
+        shutil.copy(source / "model.safetensors", run / "partial")
+        os.replace(run / "partial", run / "model.safetensors")
+    return name
+
+
+def family(args: Args, seed: int, single: Path, dialogues: Path) -> dict[str, str]:
+    """Train what is missing of one seed's models -> {model: run}."""
+    clap, lm, pretrain, sft, chat = args.steps
+
+    def go(name, stage, steps, start="", folder=single):
+        return train(args, f"{seed}-{name}", stage, steps, seed, folder, start)
+
+    base = go("lm", "lm", lm, go("clap", "clap", clap))
+    starts = {"windows": base, "pooled": changed(args, base, f"{seed}-pooled-start", pool_windows=True),
+              "last": changed(args, base, f"{seed}-last-start", mask="last"), "full": changed(args, base, f"{seed}-full-start", mask="full")}
+    models = {name: go(name, "sft", sft, go(f"{name}-pretrain", "pretrain", pretrain, start)) for name, start in starts.items()}
+    models["straight"] = go("straight", "sft", pretrain + sft, base)
+    models["chat"] = go("chat", "sft", chat, models["windows"], dialogues)
+    return models
+
+
+# ---------------------------------------------------------------------- scoring
+
+def measured(args: Args, run: Path, folder: Path, wanted: set[str]) -> dict[str, float]:
+    """The wanted measures of a run, from its claims.json where they stand for these items."""
+    path = run / "claims.json"
+    found = json.loads(path.read_text()) if path.exists() else {}
+    found = found["scores"] if found.get("items") == args.items else {}
+    if wanted <= set(found):
+        return found
+    model, tokenizer = checkpoint.load_run(run)
+    tasks = {}
+    for row in manifest.read_rows(folder / "test.jsonl"):
+        tasks.setdefault(row["task"], []).append(row)
+    tasks = {task: scores.some(rows, args.items) for task, rows in tasks.items()}
+    store = Store(folder, model.encoder, model.config.audio, model.config.clap.out_width)
+    store.add(data.recordings([row for rows in tasks.values() for row in rows]))
+    answerer = Answerer(model, tokenizer, store)
+
+    def right(rows):
+        return scores.accuracy(answerer.answer(rows), [row["answer"] for row in rows])
+
+    for measure in sorted(wanted - set(found)):
+        task = {name: task for task, name in {**SCENES, **EPISODES}.items()}.get(measure)
+        if task:
+            found[measure] = right(tasks[task])
+        elif measure == "dialogue":
+            said = list(scores.dialogue_items(tasks["Dialogue"], answerer))
+            found[measure] = scores.accuracy([row["answer"] for row, _ in said], [truth for _, truth in said])
+        else:
+            k, choice = measure.split()
+            found[measure] = right(scores.with_pool_shots(tasks["Pool"], store, choice if int(k) else "random", int(k)))
+    checkpoint.write_json(path, {"items": args.items, "scores": found})
+    return found
+
+
+def verdict(values: dict[str, list[float]]) -> str:
+    """The first label against each other one: `above` if the ranges over seeds do not meet."""
+    first, *others = values
+    said = []
+    for other in others:
+        a, b = values[first], values[other]
+        said.append(f"{first} above {other}" if min(a) > max(b) else f"{other} above {first}" if min(b) > max(a) else
+                    f"no difference found between {first} and {other}")
+    return "; ".join(said)
+
+
+def row(claim: str, name: str, values: dict[str, list[float]]) -> str:
+    cells = "  ".join(f"{label} {np.mean(v):.3f} [{min(v):.3f}, {max(v):.3f}]" for label, v in values.items())
+    return f"{claim:21s} {name:27s} {cells}\n{'':22s}{'':28s}-> {verdict(values)}"
+
+
+def draw(path: Path, results: list[tuple[str, str, dict[str, list[float]]]]) -> None:
+    """A panel a comparison: a bar is the mean over seeds, a dot one seed."""
+    from .plots import COLOURS, plt
+    columns = 4
+    figure, panels = plt.subplots(-(-len(results) // columns), columns, figsize=(15, 2.6 * -(-len(results) // columns)), layout="constrained",
+                                  squeeze=False)
+    for axes, (claim, name, values) in zip(panels.flat, results):
+        for n, (label, v) in enumerate(values.items()):
+            axes.bar(n, np.mean(v), color=COLOURS[n % len(COLOURS)], alpha=0.5)
+            axes.scatter([n] * len(v), v, color="black", s=12, zorder=3)
+        axes.set(ylim=(0, 1), title=f"{claim}: {name}")
+        axes.title.set_fontsize(9)
+        axes.set_xticks(range(len(values)), values)
+    for axes in panels.flat[len(results):]:
+        axes.axis("off")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main() -> None:
+    args, started = cli.parse(Args, description=__doc__), time.time()
+    cli.at_least(args, seeds=1, items=0)
+    source, home = Path(args.data), Path("runs") / args.out
+    manifest.read_card(source)
+    if not any(r["task"] == "Pool" for r in manifest.read_rows(source / "test.jsonl")):
+        raise UserError(f"--data {source}: the claims are measured on the embedded data set (python prepare_data.py)")
+    single = view(source, home / "single", False, home / "embeddings")
+    dialogues = view(source, home / "dialogues", True, home / "embeddings")
+    found: dict[str, list[dict]] = {}
+    for seed in range(args.seeds):
+        for model, run in family(args, seed, single, dialogues).items():
+            wanted = {measure for _, _, cells in CLAIMS for name, measure in cells.values() if name == model}
+            found.setdefault(model, []).append(measured(args, home / run, single, wanted))
+    results = [(claim, name, {label: [scored[measure] for scored in found[model]] for label, (model, measure) in cells.items()})
+               for claim, name, cells in CLAIMS]
+    print("\n".join(row(*result) for result in results))
+    draw(home / "claims.png", results)
+    print(f"{args.seeds} seeds, steps {args.steps}, {args.items or 'all'} items a task, greedy decoding, {time.time() - started:.0f} s; {home}/claims.png")
