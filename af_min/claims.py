@@ -9,8 +9,8 @@ Per seed one window encoder and one language model (stages clap, lm), and from t
     chat           windows, then sft on the dialogues                   does dialogue fine-tuning make a chat model?
 
 and `windows` is asked with 0 to 8 shots, nearest or random. A table gives mean and [lowest, highest] over the seeds; "above" means
-that every seed of the one scores higher than every seed of the other, else no difference was found. With few steps and small models a
-missing difference says little about the paper's, and one that is found holds for this data set.
+that every seed of the one scores higher than every seed of the other, else no difference was found. With few steps and small
+models a missing difference says little about the paper's, and one that is found holds for this data set.
 
 Every model is a run folder below runs/claims: finished ones are not trained again, interrupted ones go on.
 """
@@ -33,7 +33,8 @@ from .answering import Answerer
 from .cli import UserError, flag
 from .store import Store
 
-SCENES = {"AudioCaptioning": "caption in exact order", "After": "what comes after X", "Before": "what comes before X", "Count": "count all"}
+SCENES = {"AudioCaptioning": "caption in exact order", "After": "what comes after X", "Before": "what comes before X",
+          "Count": "count all"}
 EPISODES = {"FewShotSeen": "4 shots, classes seen", "FewShotUnseen": "4 shots, classes never seen"}
 CLAIMS = [  # claim, {label: (model, measure)}; the first label is what the others are compared with
     *(("sliding windows", name, {"windows": ("windows", name), "pooled": ("pooled", name)}) for name in SCENES.values()),
@@ -41,7 +42,8 @@ CLAIMS = [  # claim, {label: (model, measure)}; the first label is what the othe
     ("retrieval", "pool of 12, 4 shots", {"nearest": ("windows", "4 nearest"), "random": ("windows", "4 random")}),
     *(("mask", name, {"block": ("windows", measure), "last": ("last", measure), "full": ("full", measure)})
       for name, measure in [*((name, name) for name in EPISODES.values()), ("pool of 12, 4 nearest", "4 nearest")]),
-    *(("pre-training stage", name, {"with": ("windows", name), "without": ("straight", name)}) for name in (*SCENES.values(), *EPISODES.values())),
+    *(("pre-training stage", name, {"with": ("windows", name), "without": ("straight", name)})
+      for name in (*SCENES.values(), *EPISODES.values())),
     ("dialogue fine-tuning", "turns 2 to 4", {"before": ("windows", "dialogue"), "after": ("chat", "dialogue")}),
 ]
 
@@ -61,15 +63,15 @@ class Args:
 # ---------------------------------------------------------------------- training
 
 def view(source: Path, target: Path, dialogues: bool, embeddings: Path) -> Path:
-    """A data set of the source's recordings with the training rows that are dialogues, or those that are not. Embeddings are shared."""
+    """A data set of the source's recordings with its training rows that are dialogues, or are not. Embeddings are shared."""
     if not (target / manifest.CARD).exists():
         target.mkdir(parents=True, exist_ok=True)
         embeddings.mkdir(parents=True, exist_ok=True)
-        for name, original in (("audio", source / "audio"), ("val.jsonl", source / "val.jsonl"), ("test.jsonl", source / "test.jsonl"),
-                               ("embeddings", embeddings)):
-            (target / name).unlink(missing_ok=True)
-            os.symlink(original.resolve(), target / name)
-        rows = [row for row in manifest.read_rows(source / "train.jsonl") if row["task"] == "WindowText" or ("turns" in row) == dialogues]
+        for original in (source / "audio", source / "val.jsonl", source / "test.jsonl", embeddings):
+            (target / original.name).unlink(missing_ok=True)
+            os.symlink(original.resolve(), target / original.name)
+        rows = manifest.read_rows(source / "train.jsonl")
+        rows = [row for row in rows if row["task"] == "WindowText" or ("turns" in row) == dialogues]
         manifest.write_rows(target / "train.jsonl", rows)
         shutil.copy(source / manifest.CARD, target / manifest.CARD)
     return target
@@ -116,7 +118,7 @@ def family(args: Args, seed: int, single: Path, dialogues: Path) -> dict[str, st
 
     base = go("lm", "lm", lm, go("clap", "clap", clap))
     starts = {"windows": base, "pooled": changed(args, base, f"{seed}-pooled-start", pool_windows=True),
-              "last": changed(args, base, f"{seed}-last-start", mask="last"), "full": changed(args, base, f"{seed}-full-start", mask="full")}
+              **{mask: changed(args, base, f"{seed}-{mask}-start", mask=mask) for mask in ("last", "full")}}
     models = {name: go(name, "sft", sft, go(f"{name}-pretrain", "pretrain", pretrain, start)) for name, start in starts.items()}
     models["straight"] = go("straight", "sft", pretrain + sft, base)
     models["chat"] = go("chat", "sft", chat, models["windows"], dialogues)
@@ -177,9 +179,8 @@ def row(claim: str, name: str, values: dict[str, list[float]]) -> str:
 def draw(path: Path, results: list[tuple[str, str, dict[str, list[float]]]]) -> None:
     """A panel a comparison: a bar is the mean over seeds, a dot one seed."""
     from .plots import COLOURS, plt
-    columns = 4
-    figure, panels = plt.subplots(-(-len(results) // columns), columns, figsize=(15, 2.6 * -(-len(results) // columns)), layout="constrained",
-                                  squeeze=False)
+    rows = -(-len(results) // 4)
+    figure, panels = plt.subplots(rows, 4, figsize=(15, 2.6 * rows), layout="constrained", squeeze=False)
     for axes, (claim, name, values) in zip(panels.flat, results):
         for n, (label, v) in enumerate(values.items()):
             axes.bar(n, np.mean(v), color=COLOURS[n % len(COLOURS)], alpha=0.5)
@@ -211,4 +212,5 @@ def main() -> None:
                for claim, name, cells in CLAIMS]
     print("\n".join(row(*result) for result in results))
     draw(home / "claims.png", results)
-    print(f"{args.seeds} seeds, steps {args.steps}, {args.items or 'all'} items a task, greedy decoding, {time.time() - started:.0f} s; {home}/claims.png")
+    print(f"{args.seeds} seeds, steps {args.steps}, {args.items or 'all'} items a task, greedy decoding, "
+          f"{time.time() - started:.0f} s; {home}/claims.png")

@@ -8,8 +8,9 @@ A turn fits as well as its answer a and the window w that suits it best:
     s = max_w cos(text tower(a), encoder(w))
 
 The picture shows s of all turns beside s of the same turns with another recording: where the two part is a place for the threshold.
-Of `tiny` on the embedded data set's true answers against another recording's, s has an area under the ROC curve of .71 (first turns .81);
-the mean over windows .69, question and answer together .67. A turn that refers back to a dropped one stays if it fits by itself.
+Of `tiny` on the embedded data set's true answers against another recording's, s has an area under the ROC curve of .71 (first turns
+.81); the mean over windows .69, question and answer together .67. A turn that refers back
+to a dropped one stays if it fits by itself.
 
 The text tower is trained in the clap stage and kept in <run>/text_tower.safetensors; runs made from published weights have none.
 """
@@ -89,7 +90,7 @@ def draw(path: Path, own: np.ndarray, other: np.ndarray, threshold: float) -> No
     axes.hist(other, bins, color=COLOURS[1], alpha=0.6, label="with another recording")
     axes.hist(own, bins, color=COLOURS[0], alpha=0.6, label="with its own recording")
     if threshold > -1:
-        axes.axvline(threshold, color="black", linestyle="--", label=f"threshold: {np.mean(own >= threshold):.0%} of the turns stay")
+        axes.axvline(threshold, color="black", linestyle="--", label=f"threshold: {np.mean(own >= threshold):.0%} of turns stay")
     axes.set(xlabel="similarity of a turn's answer and its best window (cosine)", ylabel="turns")
     axes.legend(frameon=False)
     figure.savefig(path, dpi=120)
@@ -109,18 +110,20 @@ def main() -> None:
     if not dialogues:
         raise UserError(f"{folder}: no training row is a dialogue (\"turns\"): nothing to filter")
     store = Store(folder, model.encoder, model.config.audio, model.config.clap.out_width)
-    store.add([(row["audio"], row["start"]) for row in dialogues], lambda todo: tqdm(todo, "encoding", unit="rec", disable=not todo))
+    places = [(row["audio"], row["start"]) for row in dialogues]
+    store.add(places, lambda todo: tqdm(todo, "encoding", unit="rec", disable=not todo))
     own, other = similarities(tower, tokenizer, store, dialogues)
     flat_own, flat_other = np.concatenate(own), np.concatenate(other)
     draw(picture, flat_own, flat_other, args.threshold)
-    print(f"{len(flat_own)} turns: similarity {np.mean(flat_own):.3f} on average, {np.mean(flat_other):.3f} with another recording; {picture}")
+    print(f"{len(flat_own)} turns: similarity {np.mean(flat_own):.3f} on average, {np.mean(flat_other):.3f} with another "
+          f"recording; {picture}")
     if args.threshold > -1:
         good = kept(dialogues, own, args.threshold)
         manifest.write_rows(folder / "train.jsonl", [row for row in rows if "turns" not in row] + good)
         manifest.write_card(folder, **{**{k: v for k, v in card.items() if k not in ("splits", "hours", "sha256")},
                                        "dialogue_filter": args.threshold})
-        print(f"{sum(len(row['turns']) for row in good)} turns of {len(good)} dialogues stay; {len(dialogues) - len(good)} dialogues are dropped "
-              f"whole; {np.mean(flat_other >= args.threshold):.0%} would stay with another recording")
+        print(f"{sum(len(row['turns']) for row in good)} turns of {len(good)} dialogues stay; "
+              f"{len(dialogues) - len(good)} dialogues are dropped whole; {np.mean(flat_other >= args.threshold):.0%} would stay with another recording")
 
 
 if __name__ == "__main__":

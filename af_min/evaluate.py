@@ -5,10 +5,10 @@
     python -m af_min.evaluate --run runs/tiny --dataset scenes --shots 0 4 8 --shots-from nearest random
     python -m af_min.evaluate --claims                                             the paper's claims, measured (claims.py)
 
-Captions and dialogues get CIDEr-D, BLEU and ROUGE-L, tags F1, all else the share of exact answers; --options TASK adds the share that is
-right when the likeliest of the answers known from training, or of those that the prompt lists, is taken (tags: mAP). `[..]`: 95 %
-by bootstrap over the items (CIDEr-D: how rare an n-gram is stays fixed). `blind`: the commonest training answer to the same
-question. `swapped`: the same items, each with the audio of another one. Shots come from the train split, never the recording
+Captions and dialogues get CIDEr-D, BLEU and ROUGE-L, tags F1, all else the share of exact answers; --options TASK adds the share
+that is right when the likeliest of the answers known from training, or of those that the prompt lists, is taken (tags: mAP).
+`[..]`: 95 % by bootstrap over the items (CIDEr-D: how rare an n-gram is stays fixed). `blind`: the commonest training answer to the
+same question. `swapped`: the same items, each with the audio of another one. Shots come from the train split, never the recording
 itself; rows that bring their own keep them. A dialogue's turn is asked with the true answers to the turns before it.
 
 Decoding is greedy. Every answer stands in <run>/predictions-<data set>-<condition>.jsonl; an interrupted evaluation goes on from
@@ -44,7 +44,8 @@ class Args:
     items: int = flag(0, "score only so many items of each task (0: all)")
     shots: list[int] = flag([], "examples before each question; several numbers, several rows of the table", nargs="+")
     shots_from: list[str] = flag(["nearest"], "how they are chosen", choices=("nearest", "random"), nargs="+")
-    options: list[str] = flag([], "tasks whose answer is also chosen by likelihood, such as AudioClassification", nargs="+", metavar="TASK")
+    options: list[str] = flag([], "tasks whose answer is also chosen by likelihood, such as AudioClassification", nargs="+",
+                              metavar="TASK")
     max_new: int = flag(64, "tokens of an answer, at most")
     swapped: bool = flag(True, "also ask about another recording, without shots")
     seed: int = flag(0, "seed of random shots")
@@ -54,7 +55,7 @@ class Args:
 # ---------------------------------------------------------------------- questions
 
 def questions(rows: list[dict], items: int = 0) -> dict[str, list[dict]]:
-    """Rows of a split by task, as questions with their number "id" and "answers"; of a dialogue each turn, after the true ones before it."""
+    """Rows of a split by task, as questions with "id" and "answers"; of a dialogue each turn, after the true ones before it."""
     tasks = defaultdict(list)
     for number, row in enumerate(rows):
         if row["task"] == "WindowText" or "pool" in row:                     # not questions to this model, or not without shots
@@ -62,7 +63,8 @@ def questions(rows: list[dict], items: int = 0) -> dict[str, list[dict]]:
         for n, turn in enumerate(row.get("turns", [None])):
             asked = dict(row, id=[number, n])
             if turn:
-                asked |= {"turns": [*row["turns"][:n], {**turn, "assistant": ""}], "prompt": turn["user"], "answers": [turn["assistant"]]}
+                asked |= {"turns": [*row["turns"][:n], {**turn, "assistant": ""}], "prompt": turn["user"],
+                          "answers": [turn["assistant"]]}
             tasks[row["task"]].append({**asked, "answers": asked.get("answers") or [asked["answer"]]})
     return {task: scores.some(rows, items) for task, rows in sorted(tasks.items())}
 
@@ -70,7 +72,8 @@ def questions(rows: list[dict], items: int = 0) -> dict[str, list[dict]]:
 def with_examples(rows: list[dict], library: Library, store: Store, k: int, choice: str, seed: int) -> list[dict]:
     """Each question with k rows of the library before it, the nearest last."""
     places = [(row["audio"], row["start"]) for row in rows]
-    chosen = library.choose([store.keys[place] for place in places], np.stack([pooled(store[place]) for place in places]), k, choice, seed)
+    vectors_QD = np.stack([pooled(store[place]) for place in places])
+    chosen = library.choose([store.keys[place] for place in places], vectors_QD, k, choice, seed)
     return [{**row, "shots": [library.example(n, row["prompt"]) for n in reversed(numbers)]} for row, numbers in zip(rows, chosen)]
 
 
@@ -124,7 +127,7 @@ class Predictions:
 
 
 def predict(answerer: Answerer, rows: list[dict], predictions: Predictions, options: list[str], name: str) -> list[dict]:
-    """An entry {"id", "answer", ...} of every row, from the file or new. With options also "option", the likeliest, and "likelihoods"."""
+    """An entry {"id", "answer", ...} of every row, from the file or new; with options also "likelihoods" and the likeliest."""
     todo = [row for row in rows if tuple(row["id"]) not in predictions.said]
     with tqdm(total=len(todo), desc=name, unit="item", disable=not todo) as bar:
         for batch in answerer.batches(todo):
@@ -203,7 +206,7 @@ def condition(args: Args, answerer: Answerer, tasks: dict[str, list[dict]], know
     """Entries of every task under one number and choice of shots, or about another recording (`moved`)."""
     name, out = f"{k}-{choice}" if k else "swapped" if moved else "0", {}
     file = Path(args.run) / f"predictions-{Path(args.dataset).name}-{args.split}-{name}.jsonl"
-    predictions = Predictions(file, {**header, "shots": k, "shots_from": choice if k else "", "seed": args.seed if k else 0, "swapped": moved})
+    predictions = Predictions(file, {**header, "shots": k, "shots_from": choice, "seed": args.seed if k else 0, "swapped": moved})
     store = answerer.store
     for task, rows in tasks.items():
         reader = answerer
@@ -211,7 +214,8 @@ def condition(args: Args, answerer: Answerer, tasks: dict[str, list[dict]], know
             rows = [row for row in rows if not {"shots", "turns"} & set(row)]
             if not rows or task not in known:
                 continue
-            library = Library(answerer.model, [args.dataset], task, stores=stores, device=answerer.model.lm.embed.weight.device.type)
+            device = answerer.model.lm.embed.weight.device.type
+            library = Library(answerer.model, [args.dataset], task, stores=stores, device=device)
             rows, short = fitting(with_examples(rows, library, store, k, choice, args.seed), answerer)
             if short:
                 print(f"{task}: {short} of {len(rows)} questions had room for fewer than {k} shots", file=sys.stderr)
@@ -226,23 +230,28 @@ def all_results(args: Args, answerer: Answerer, stores: dict) -> list[Result]:
     folder, results = Path(args.dataset), []
     rows, train = (manifest.read_rows(folder / f"{split}.jsonl") for split in (args.split, "train"))
     tasks, trained = questions(rows, args.items), questions([row for row in train if "retrieved" not in row])
-    known = {task: sorted({o.lower() for r in rows for a in r["answers"] for o in (metrics.tags(a) if is_tags(task, [[a]]) else [a])})
+    known = {task: sorted({option.lower() for row in rows for answer in row["answers"]
+                           for option in (metrics.tags(answer) if is_tags(task, [[answer]]) else [answer])})
              for task, rows in trained.items()}
     for task in args.options:
         if task not in tasks or task not in known:
-            raise UserError(f"--options {task}: no such task in both {args.split}.jsonl and train.jsonl; there are {', '.join(set(tasks) & set(known))}")
+            raise UserError(f"--options {task}: no such task in both {args.split}.jsonl and train.jsonl; there are "
+                            f"{', '.join(sorted(set(tasks) & set(known)))}")
+    manifests = b"".join((folder / f"{split}.jsonl").read_bytes() for split in (args.split, "train"))
     header = {"weights": hashlib.sha256((Path(args.run) / "model.safetensors").read_bytes()).hexdigest()[:16],
-              "data": hashlib.sha256(b"".join((folder / f"{s}.jsonl").read_bytes() for s in (args.split, "train"))).hexdigest()[:16],
+              "data": hashlib.sha256(manifests).hexdigest()[:16],
               "decoding": {"temperature": 0, "max_new": args.max_new}, "options": sorted(args.options)}
     moved = condition(args, answerer, tasks, known, 0, "", header, stores, moved=True) if args.swapped else {}
-    blind = {task: scores.blind_answers(rows, [{k: r[k] for k in ("task", "prompt", "answers")} for r in trained.get(task, [])])
-             for task, rows in tasks.items()}
+    blind = {}                                                 # question id -> answer
+    for task, rows in tasks.items():
+        asked = [{name: row[name] for name in ("task", "prompt", "answers")} for row in trained.get(task, [])]
+        blind |= dict(zip((tuple(row["id"]) for row in rows), scores.blind_answers(rows, asked)))
     for k, choice in [(k, choice) for k in args.shots or [0] for choice in (args.shots_from if k else [""])]:
         for task, entries in condition(args, answerer, tasks, known, k, choice, header, stores).items():
             references, everything = [entry["references"] for entry in entries], np.arange(len(entries))
             found = measures(task, [entry["answer"] for entry in entries], references)
-            guessed = measures(task, [dict(zip((str(r["id"]) for r in tasks[task]), blind[task]))[str(e["id"])] for e in entries], references)
-            wrong = measures(task, [e["answer"] for e in moved[task]], references) if task in moved and not k else {}
+            guessed = measures(task, [blind[tuple(entry["id"])] for entry in entries], references)
+            wrong = measures(task, [entry["answer"] for entry in moved[task]], references) if task in moved and not k else {}
             if task in args.options:
                 found |= option_measures(task, entries)
             own = "own" if not k and entries[0]["shots"] else f"{k} {choice}".strip()
@@ -257,9 +266,10 @@ def all_results(args: Args, answerer: Answerer, stores: dict) -> list[Result]:
 def table(results: list[Result]) -> str:
     def cell(value):
         return "   -  " if value is None else f"{value:6.3f}"
-    lines = [f"{'task':20s} {'shots':10s} {'measure':16s} {'items':>6s} {'refs':>5s}  {'score':>6s}  {'[95 %]':14s} {'blind':>6s} {'swapped':>8s}"]
-    lines += [f"{r.task:20s} {r.shots:10s} {r.measure:16s} {r.items:6d} {r.references:5.2f}  {cell(r.score)}  [{r.low:.3f}, {r.high:.3f}] "
-              f"{cell(r.blind)} {cell(r.swapped):>8s}" for r in results]
+    lines = [f"{'task':20s} {'shots':10s} {'measure':16s} {'items':>6s} {'refs':>5s}  {'score':>6s}  {'[95 %]':14s} "
+             f"{'blind':>6s} {'swapped':>8s}"]
+    lines += [f"{r.task:20s} {r.shots:10s} {r.measure:16s} {r.items:6d} {r.references:5.2f}  {cell(r.score)}  "
+              f"[{r.low:.3f}, {r.high:.3f}] {cell(r.blind)} {cell(r.swapped):>8s}" for r in results]
     return "\n".join(lines)
 
 
@@ -270,10 +280,11 @@ def general(args: Args) -> list[Result]:
     device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
     model, tokenizer = checkpoint.load_run(Path(args.run), device)
     if max(args.shots, default=0) >= model.config.representation.max_audios:
-        raise UserError(f"--shots {max(args.shots)}: this model takes {model.config.representation.max_audios} audios, the question's included")
+        raise UserError(f"--shots {max(args.shots)}: this model takes {model.config.representation.max_audios} audios, "
+                        "the question's included")
     rows = manifest.read_rows(folder / f"{args.split}.jsonl")
     if not questions(rows):
-        raise UserError(f"{folder}: its {args.split} split is empty; nothing to score (train.py --no-evaluate trains without scores)")
+        raise UserError(f"{folder}: its {args.split} split is empty; nothing to score (train.py --no-evaluate leaves scores out)")
     store = Store(folder, model.encoder, model.config.audio, model.config.clap.out_width)
     store.add(data.recordings(rows), lambda todo: tqdm(todo, f"encoding {args.split} split", unit="rec", disable=not todo))
     results = all_results(args, Answerer(model, tokenizer, store, args.max_new), {folder: store})
@@ -281,7 +292,8 @@ def general(args: Args) -> list[Result]:
     for task, asked in questions(rows).items():
         prompts = sorted({row["prompt"] for row in asked})
         print(f"{task}: {text.prefix(task) + prompts[0]!r}" + (f" and {len(prompts) - 1} other prompts" if prompts[1:] else ""))
-    print(f"greedy decoding, at most {args.max_new} tokens, {time.time() - started:.0f} s; answers: {args.run}/predictions-{folder.name}-*.jsonl")
+    print(f"greedy decoding, at most {args.max_new} tokens, {time.time() - started:.0f} s; "
+          f"answers: {args.run}/predictions-{folder.name}-*.jsonl")
     checkpoint.write_json(Path(args.run) / f"scores-{folder.name}.json", [asdict(r) for r in results])
     return results
 

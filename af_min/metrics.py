@@ -1,8 +1,9 @@
 """Scores of answers. Captions, for words w of an answer and of its references (one or several), n-grams g, n = 1..4:
 
-    BLEU-n     (prod_m p_m)^(1/n) exp(min(0, 1 - r / c))        p_m: clipped m-gram precision of all captions together; c, r: words said,
-                                                                words of the references nearest in length
-    ROUGE-L    (1 + b^2) P R / (R + b^2 P), b = 1.2             P, R: longest common subsequence / length, each the best of the references
+    BLEU-n     (prod_m p_m)^(1/n) exp(min(0, 1 - r / c))        p_m: clipped m-gram precision of all captions together;
+                                                                c, r: words said, words of the references nearest in length
+    ROUGE-L    (1 + b^2) P R / (R + b^2 P), b = 1.2             P, R: longest common subsequence / length, each the best
+                                                                of the references
     CIDEr-D    10 mean_n mean_ref exp(-(l - l_ref)^2 / 2 s^2) sum_g min(v_g, v'_g) v'_g / |v||v'|,  s = 6
                v_g = (count of g) log(items / items in whose references g occurs)
 
@@ -10,9 +11,9 @@ All three equal pycocoevalcap's on the same words (tests/test_metrics.py). **Whi
 dropped, "n't" and "'s" split off. The published figures come from Stanford's tokenizer, which treats captions so, but numbers
 with commas and abbreviations otherwise: a second reason, beside decoding, why the last digit may differ.
 
-Sound tags ("dog, bark"): exact F1, and **F1-approx**, micro-averaged: a tag said counts for a true one if they share at least half of their
-words (2 |both| / (|a| + |b|) >= 0.5), each tag once, the likest pairs first. This is our definition: the paper reports an
-approximate F1 on FSD50K, and we could not verify how it matched.
+Sound tags ("dog, bark"): exact F1, and **F1-approx**, micro-averaged: a tag said counts for a true one if they share at least half
+of their words (2 |both| / (|a| + |b|) >= 0.5), each tag once, the likest pairs first. This is our definition: the paper reports
+an approximate F1 on FSD50K, and we could not verify how it matched.
 """
 from __future__ import annotations
 
@@ -49,7 +50,7 @@ def ngrams(caption: Words, n: int) -> Counter:
 
 
 def cider_d(said: list[Words], references: list[list[Words]]) -> np.ndarray:
-    """CIDEr-D of every item, (N,); their mean is the score. How rare an n-gram is, is counted over these references: one item alone gets 0."""
+    """CIDEr-D of every item, (N,); their mean is the score. Rarity is counted over these references: one item alone gets 0."""
     def vector(caption: Words) -> list[dict]:
         return [{g: count * (np.log(len(said)) - np.log(max(1, documents[g]))) for g, count in ngrams(caption, n).items()}
                 for n in range(1, 5)]
@@ -72,7 +73,7 @@ def cider_d(said: list[Words], references: list[list[Words]]) -> np.ndarray:
 
 
 def bleu_counts(said: list[Words], references: list[list[Words]]) -> np.ndarray:
-    """What `bleu` adds up, of every item, (N, 10): clipped matches and n-grams said for n = 1..4, words said, words of the nearest reference."""
+    """What `bleu` adds up, of every item, (N, 10): clipped matches, n-grams said (n = 1..4), words said, those of the nearest."""
     counts = []
     for answer, refs in zip(said, references):
         matches = []
@@ -146,7 +147,9 @@ def f1(total: np.ndarray) -> float:
 
 
 def mean_average_precision(scores_NC: np.ndarray, true_NC: np.ndarray) -> float:
-    """Mean over the classes that occur of AP = sum_k (recall_k - recall_k-1) precision_k, items by falling score, equal scores as one step."""
+    """Mean over the classes that occur of AP = sum_k (recall_k - recall_k-1) precision_k, items by falling score.
+
+    (N items, C classes) each; items of equal score are one step k."""
     values = []
     for scores, true in zip(np.asarray(scores_NC).T, np.asarray(true_NC, bool).T):
         if true.any():

@@ -9,15 +9,15 @@ A recording's vector is the mean of its window embeddings at length 1; two recor
 "Itself" goes by content (the hash of the file's bytes): neither a copy under another name nor another cut of the same file is an
 example. Examples come from the train split alone.
 
-The command gives every training row with one answer 1 to J examples of its task, nearest last, and writes the result as further rows
-of train.jsonl ("shots", and "retrieved": nearest or random); those of an earlier call are replaced. With --device cuda, or up
+The command gives every training row without turns 1 to J examples of its task, nearest last, and writes the result as further
+rows of train.jsonl ("shots", and "retrieved": nearest or random); those of an earlier call are replaced. With --device cuda, or up
 to FAISS_ABOVE recordings, the search is exact; beyond that, on a CPU, with faiss-cpu installed, it is an inverted file (IVF),
 which looks at a part of the vectors. Measured (tests/bench_retrieval.py) on one busy core, D = 1024, k = 8, 256 queries at once:
 
     vectors                   10^4        10^5        10^6 (2 GB, memory-mapped)
     exact, a query            0.26 ms     2.4 ms      62 ms
     inverted file, built in   0.6 s       10 s        224 s
-    ... 32 cells, a query     0.08 ms     0.56 ms     3.6 ms      recall of the exact 8: 1.00, 1.00, .97 (of clustered random vectors)
+    ... 32 cells, a query     0.08 ms     0.56 ms     3.6 ms      recall: 1.00, 1.00, .97 (clustered random vectors)
 """
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def nearest(queries: np.ndarray, vectors_ND: np.ndarray, k: int, chunk: int = 1 
 
 
 def inverted_file(vectors_ND: np.ndarray, probes: int = 32, chunk: int = 1 << 16):
-    """A FAISS index: vectors in 4 sqrt(N) cells around k-means centres, as float16; a search looks into the `probes` nearest cells."""
+    """A FAISS index: vectors in 4 sqrt(N) cells around k-means centres, as float16; a search looks into the nearest `probes`."""
     import faiss
     count, width = vectors_ND.shape
     cells = round(4 * count ** 0.5)
@@ -164,7 +164,7 @@ class Library:
         self.vectors_ND = np.stack([pooled(store[place]) for store, place in self.stored]).astype(np.float16)
 
     def choose(self, keys: list[str], vectors_QD: np.ndarray, k: int, choice: str, seed: int = 0) -> list[list[int]]:
-        """For recordings with these keys and pooled vectors the numbers of k others each: the nearest first, or drawn by seed and key.
+        """Numbers of k others for each recording with these keys and pooled vectors: the nearest first, or drawn by seed and key.
 
         UserError if there are fewer than k other recordings.
         """
@@ -219,7 +219,8 @@ def main() -> None:
     folder, card = Path(args.data), manifest.read_card(args.data)
     model, _ = checkpoint.load_run(Path(args.run), args.device)
     if args.shots >= model.config.representation.max_audios:
-        raise UserError(f"--shots {args.shots}: this model takes {model.config.representation.max_audios} audios, the question's included")
+        raise UserError(f"--shots {args.shots}: this model takes {model.config.representation.max_audios} audios, "
+                        "the question's included")
     kept = [row for row in manifest.read_rows(folder / "train.jsonl") if "retrieved" not in row]
     rows = [row for row in kept if row["task"] != "WindowText" and not {"turns", "shots", "pool"} & set(row)]
     if args.rows:

@@ -120,7 +120,8 @@ def scores(answerer: Answerer, test: list[dict], train: list[dict], items: int =
     said, moved = run(rows), run(swapped(rows))
     yield Score("caption: event F1", len(rows), metrics.event_f1(said, truths), None, metrics.event_f1(blind, truths),
                 metrics.event_f1(moved, truths))
-    yield Score("caption: all events in order", len(rows), accuracy(said, truths), None, accuracy(blind, truths), accuracy(moved, truths))
+    yield Score("caption: all events in order", len(rows), accuracy(said, truths), None, accuracy(blind, truths),
+                accuracy(moved, truths))
     for task, (name, chance) in QUESTION_SCORES.items():
         rows = tasks[task]
         truths = [r["answer"] for r in rows]
@@ -129,7 +130,8 @@ def scores(answerer: Answerer, test: list[dict], train: list[dict], items: int =
     rows = tasks["Dialogue"]
     right = [metrics.exact(row["answer"], [truth]) for row, truth in dialogue_items(rows, answerer)]
     wrong = [metrics.exact(row["answer"], [truth]) for row, truth in dialogue_items(swapped(rows), answerer)]
-    yield Score("dialogue, turns 2 to 4", len(right), sum(right) / len(right), None, blind_dialogue(rows, train), sum(wrong) / len(wrong))
+    yield Score("dialogue, turns 2 to 4", len(right), sum(right) / len(right), None, blind_dialogue(rows, train),
+                sum(wrong) / len(wrong))
     for task, name in (("FewShotSeen", "4-way, 4 shots, classes seen"), ("FewShotUnseen", "4-way, 4 shots, classes never seen")):
         rows = tasks[task]
         truths = [r["answer"] for r in rows]

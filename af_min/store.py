@@ -7,12 +7,12 @@ A recording's key is the hash of its file's bytes and the place where listening 
 its vectors: what an interruption leaves behind is a tail of vectors that no line names and half a line, and the next run
 overwrites both. A line whose vectors are not there (a copy that was cut off) counts for nothing, like all that follow it.
 
-Several processes share the work: each encodes every n-th recording into a shelf of its own (vectors-<rank>.f16, index-<rank>.jsonl),
+Several processes share the work: each encodes every n-th recording into a shelf of its own (vectors-<rank>.f16 and its index),
 and process 0 takes the shelves over; those that an interrupted run left are taken over by the next one.
 
-Measured, the encoder at `af1` size (random weights, tests/bench_retrieval.py) on one busy CPU core: 2.5 recordings of 10 s, 7.5 windows, a
-second. On paper, the paper's 5.9 M pairs as such clips: 17.7 M windows, 36 GB of vectors, 0.5 GB of index, 12 GB of pooled vectors;
-14.1 GFLOP a window make 2.5e17 FLOP, 27 days of that core, or 0.7 h at 100 TFLOP/s, where reading and decoding 16 400 h of audio
+Measured, the encoder at `af1` size (random weights, tests/bench_retrieval.py) on one busy CPU core: 2.5 recordings of 10 s, 7.5
+windows, a second. On paper, the paper's 5.9 M pairs as such clips: 17.7 M windows, 36 GB of vectors, 0.5 GB of index, 12 GB of
+pooled vectors; 14.1 GFLOP a window make 2.5e17 FLOP, 27 days of that core, or 0.7 h at 100 TFLOP/s, where reading and decoding 16 400 h of audio
 sets the pace; the nearest of all for all (7e16 FLOP) are 0.2 h at 100 TFLOP/s.
 """
 from __future__ import annotations
@@ -136,8 +136,8 @@ class Store:
         self.keys: dict[Place, str] = {}
         self.vectors = self.shelf.map()
 
-    def add(self, recordings: Iterable[Place], progress: Callable = lambda items: items, batch: int = 128, rank: int = 0, size: int = 1,
-            wait: Callable[[], None] = lambda: None) -> int:
+    def add(self, recordings: Iterable[Place], progress: Callable = lambda items: items, batch: int = 128, rank: int = 0,
+            size: int = 1, wait: Callable[[], None] = lambda: None) -> int:
         """Encode the recordings (file, start) that are not yet stored; returns how many windows this process encoded.
 
         Over `size` processes: all call it with the same recordings, their rank, and a `wait` that returns when all are there.

@@ -218,8 +218,13 @@ def test_several_processes_share_the_work_and_one_store_results(folder, encoder,
 
 
 def test_what_interrupted_processes_have_encoded_is_taken_over(folder, encoder):
+    encoded = threading.Event()
+
     def stop(rank, calls):
-        if calls == 1 and rank == 1:                       # encoded, not yet handed over
+        if calls == 1 and rank == 0:
+            encoded.set()
+        if calls == 1 and rank == 1:                       # both have encoded their share and not yet handed it over
+            assert encoded.wait(30)
             raise KeyError("killed")
     done, errors = together(folder, encoder, 2, stop)
     home = a_store(folder, encoder).home
