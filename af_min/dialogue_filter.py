@@ -123,7 +123,8 @@ def main() -> None:
         manifest.write_card(folder, **{**{k: v for k, v in card.items() if k not in ("splits", "hours", "sha256")},
                                        "dialogue_filter": args.threshold})
         print(f"{sum(len(row['turns']) for row in good)} turns of {len(good)} dialogues stay; "
-              f"{len(dialogues) - len(good)} dialogues are dropped whole; {np.mean(flat_other >= args.threshold):.0%} would stay with another recording")
+              f"{len(dialogues) - len(good)} dialogues are dropped whole; {np.mean(flat_other >= args.threshold):.0%} would stay "
+              "with another recording")
 
 
 if __name__ == "__main__":

@@ -52,6 +52,11 @@ class Args:
     device: str = flag("auto", "where to compute", choices=("auto", "cpu", "cuda"))
 
 
+def progress(name: str) -> Callable:
+    """A bar over recordings, none if there is nothing to do."""
+    return lambda todo: tqdm(todo, name, unit="rec", disable=not todo)
+
+
 # ---------------------------------------------------------------------- questions
 
 def questions(rows: list[dict], items: int = 0) -> dict[str, list[dict]]:
@@ -215,7 +220,7 @@ def condition(args: Args, answerer: Answerer, tasks: dict[str, list[dict]], know
             if not rows or task not in known:
                 continue
             device = answerer.model.lm.embed.weight.device.type
-            library = Library(answerer.model, [args.dataset], task, stores=stores, device=device)
+            library = Library(answerer.model, [args.dataset], task, progress("encoding train split"), stores, device)
             rows, short = fitting(with_examples(rows, library, store, k, choice, args.seed), answerer)
             if short:
                 print(f"{task}: {short} of {len(rows)} questions had room for fewer than {k} shots", file=sys.stderr)
@@ -286,7 +291,7 @@ def general(args: Args) -> list[Result]:
     if not questions(rows):
         raise UserError(f"{folder}: its {args.split} split is empty; nothing to score (train.py --no-evaluate leaves scores out)")
     store = Store(folder, model.encoder, model.config.audio, model.config.clap.out_width)
-    store.add(data.recordings(rows), lambda todo: tqdm(todo, f"encoding {args.split} split", unit="rec", disable=not todo))
+    store.add(data.recordings(rows), progress(f"encoding {args.split} split"))
     results = all_results(args, Answerer(model, tokenizer, store, args.max_new), {folder: store})
     print(table(results))
     for task, asked in questions(rows).items():
@@ -303,7 +308,7 @@ def embedded(run: Path, folder: Path, items: int = 0) -> list[scores.Score]:
     started, test = time.time(), manifest.read_rows(folder / "test.jsonl")
     model, tokenizer = checkpoint.load_run(run)
     store = Store(folder, model.encoder, model.config.audio, model.config.clap.out_width)
-    store.add(data.recordings(test), lambda todo: tqdm(todo, "encoding test split", unit="rec", disable=not todo))
+    store.add(data.recordings(test), progress("encoding test split"))
     answerer, train = Answerer(model, tokenizer, store, MAX_NEW), manifest.read_rows(folder / "train.jsonl")
     results = list(tqdm(scores.scores(answerer, test, train, items), "scoring", unit="task"))
     print(scores.table(results), scores.transcript(answerer, test), sep="\n")

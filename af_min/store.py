@@ -12,8 +12,8 @@ and process 0 takes the shelves over; those that an interrupted run left are tak
 
 Measured, the encoder at `af1` size (random weights, tests/bench_retrieval.py) on one busy CPU core: 2.5 recordings of 10 s, 7.5
 windows, a second. On paper, the paper's 5.9 M pairs as such clips: 17.7 M windows, 36 GB of vectors, 0.5 GB of index, 12 GB of
-pooled vectors; 14.1 GFLOP a window make 2.5e17 FLOP, 27 days of that core, or 0.7 h at 100 TFLOP/s, where reading and decoding 16 400 h of audio
-sets the pace; the nearest of all for all (7e16 FLOP) are 0.2 h at 100 TFLOP/s.
+pooled vectors; 14.1 GFLOP a window make 2.5e17 FLOP, 27 days of that core, or 0.7 h at 100 TFLOP/s, where reading and
+decoding 16 400 h of audio sets the pace; the nearest of all for all (7e16 FLOP) are 0.2 h at 100 TFLOP/s.
 """
 from __future__ import annotations
 
