@@ -65,7 +65,8 @@ def make_tokenizer(folders, vocab_size: int) -> text.Tokenizer:
     lines = []
     for folder, _ in folders:
         for row in manifest.read_rows(folder / "train.jsonl"):
-            parts = [row, *row.get("shots", [])[:1], *row.get("turns", [])]  # one made-up word a row is enough
+            turns = row.get("turns", []) if row.get("audio") else []
+            parts = [row, *row.get("shots", [])[:1], *turns]     # few made-up words, or they would fill the vocabulary
             lines += [part[k].lower() for part in parts for k in ("prompt", "answer", "description", "user", "assistant") if k in part]
     return text.Tokenizer.train(lines, vocab_size)
 

@@ -18,7 +18,8 @@ from .cli import UserError
 from .store import Store
 from .text import IGNORE, Sample, Tokenizer, write_sample
 
-PARTS = 4           # of a batch that is large enough, each padded for itself
+PARTS = 4           # of a batch, at most, each padded for itself
+PART_TOKENS = 640   # of a part, at least: fewer are not worth a pass of their own
 EPOCH_BATCHES = 16  # batches of a virtual epoch: enough to sort by length, few enough to mix
 
 
@@ -47,6 +48,8 @@ def parse_data(specs: list[str]) -> list[tuple[Path, float]]:
 def rows_of(folder: Path, split: str, stage: str) -> list[dict]:
     """The rows that a stage learns from: clap the window captions; lm, pretrain and sft the rest, pretrain without shots."""
     rows = [r for r in manifest.read_rows(folder / f"{split}.jsonl") if (r["task"] == "WindowText") == (stage == "clap")]
+    if stage != "lm":
+        rows = [r for r in rows if r.get("audio")]
     if stage == "pretrain":
         rows = [r for r in rows if "shots" not in r]
     return rows
@@ -103,7 +106,7 @@ class Mixture:
 
     def __init__(self, datasets: list[Dataset], max_samples: int, max_tokens: int, seed: int):
         self.datasets, self.seed = datasets, seed
-        self.parts = min(PARTS, max_samples)
+        self.parts = max(1, min(PARTS, max_samples, max_tokens // PART_TOKENS))
         self.max_samples, self.max_tokens = max_samples // self.parts, max_tokens // self.parts    # of a part
         sizes = [len(d.samples) for d in datasets]
         if not sum(sizes):

@@ -82,8 +82,9 @@ def check_row(row, where: str) -> None:
 
     need(isinstance(row, dict), "row", "a JSON object")
     audio = row.get("audio")
-    need(text(audio) and not PurePosixPath(audio).is_absolute() and ".." not in PurePosixPath(audio).parts,
-         "audio", "a path inside the data set")
+    inside = text(audio) and not PurePosixPath(audio).is_absolute() and ".." not in PurePosixPath(audio).parts
+    need(inside or audio is None and text(row.get("description")),
+         "audio", "a path inside the data set (or none, with a description: text for the language model alone)")
     need(text(row.get("task")), "task", "a name such as AudioCaptioning")
     for name in ("start", "seconds"):
         need(number(row.get(name, 0)), name, "a number of seconds, 0 or more")

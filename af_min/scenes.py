@@ -5,7 +5,8 @@ texture is a scene of unnamed sounds that only the window encoder's training hea
 
     WindowText               captions of single windows, for `train.py --stage clap`
     AudioCaptioning, ...     questions about scenes (the table `QUESTIONS`)
-    Interview                several independent questions about one scene, as a dialogue (training only)
+    Interview                several independent questions about one scene, as a dialogue (training only); some have a description
+                             and no recording: text for the language model alone. Glossary: likewise
     Dialogue                 two to four turns, in which "it" is the sound named last
     FewShot                  clips named with made-up words: only the shots tell which word is which sound
 
@@ -15,8 +16,11 @@ test is built against it: answers are balanced, "what comes after X" has neither
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -185,13 +189,34 @@ def interview(events: list[Event], rng: np.random.Generator, most: int = 7) -> l
     return [{"user": asked[i][0], "assistant": asked[i][1]} for i in rng.permutation(len(asked))[:most]]
 
 
+# ---------------------------------------------------------------------- text for the language model alone
+
+def told_scene(rng: np.random.Generator) -> dict:
+    """An interview about a scene that exists as its description only."""
+    events = [Event(name, "", str(rng.choice(list(PITCH))), str(rng.choice(list(LENGTH))), 0.0, 0.0)
+              for name in draw_names(int(rng.integers(1, 6)), rng)]
+    return {"description": description(events), "task": "Interview", "turns": interview(events, rng, 10)}
+
+
+def glossary(rng: np.random.Generator) -> dict:
+    """Made-up words told for some sounds, then asked for in both directions: matching, with an answer every few tokens."""
+    count, words = int(rng.integers(2, 6)), {}
+    while len(words) < count:
+        word = made_up_word("train", rng)
+        words[word] = str(rng.choice(list(TRAIN_CLASSES))) if rng.random() < 0.5 else describe(random_patch(rng), 1.0)
+    asked = [str(w) for w in rng.choice(list(words), 8)]
+    return {"description": " then ".join(f"{sound} {word}" for word, sound in words.items()), "task": "Glossary",
+            "turns": [{"user": f"{words[w]}?", "assistant": w} for w in asked]}
+
+
 # ---------------------------------------------------------------------- few-shot episodes
 
 def made_up_word(split: str, rng: np.random.Generator) -> str:
-    """Two or three syllables, no word of a question or an answer. A hash assigns each to one split: a test word occurs nowhere else."""
+    """Two or three syllables, no word of a question or an answer. A hash assigns each to one split and no other."""
     while True:
         word = "".join(rng.choice(list("bdfgklmnprstvz")) + rng.choice(list("aeiou")) for _ in range(2 + (rng.random() < 0.3)))
-        if word not in REAL_WORDS and (hashlib.sha256(word.encode()).digest()[0] < 51) == (split == "test"):
+        hashed = hashlib.sha256(word.encode()).digest()[0]
+        if word not in REAL_WORDS and split == ("test" if hashed < 51 else "val" if hashed < 77 else "train"):
             return word
 
 
@@ -223,14 +248,18 @@ def episode(clips: dict[str, list[dict]], names: list[str], extra: int, split: s
 @dataclass(frozen=True)
 class Sizes:
     train: int = 3600       # scenes
-    val: int = 120
+    val: int = 300
     test: int = 2100
     textures: int = 1500
-    clips: int = 40         # of every class, in train (20 classes) and in test (26 classes)
+    clips: int = 40         # of every class, in train (20 classes), val (20) and test (26)
     kinds: int = 150        # classes without a name, that few-shot training draws from too
     kind_clips: int = 8     # of each of those
-    episodes: int = 3000    # in train; test has 1050 of each kind
+    val_kinds: int = 12     # as many more, never heard in training
+    episodes: int = 3000    # in train
     examples: int = 1500    # training questions with examples before them
+    told: int = 12_000      # interviews about scenes that nobody hears, for the language model alone
+    glossaries: int = 6000  # likewise
+    val_items: int = 300    # of every question in val
     test_items: int = 1050  # of every question in test
 
 
@@ -259,7 +288,7 @@ def scene_rows(writer: Writer, split: str, index: int) -> list[dict]:
         if split == "train" and len(asked) > most:
             weight = np.array([3.0 if a in ("two", "three") else 1.0 for _, a in asked])    # high counts are rare
             asked = [asked[i] for i in rng.choice(len(asked), most, replace=False, p=weight / weight.sum())]
-        if split == "test" and task == "After":
+        if split != "train" and task == "After":
             ends = {events[0].name, events[-1].name}
             asked = [(q, a) for q, a in asked if a not in ends]
         rows += [{**head, "description": description(events), "task": task, "prompt": q, "answer": a} for q, a in asked]
@@ -296,17 +325,19 @@ def balanced(rows: list[dict], count: int, rng: np.random.Generator, even: bool)
     return [row for answer in sorted(groups) for row in groups[answer][:each]]
 
 
-def make_clips(writer: Writer, split: str, classes: dict[str, Patch], count: int) -> dict[str, list[dict]]:
-    """`count` recordings of every class, as the beginning of a row each."""
-    clips = {}
-    for name, patch in classes.items():
-        clips[name] = []
-        for index in range(count):
-            rng = writer.rng(f"{split}-{name}", index)
-            wave, events = compose([(name if name in CLASSES else "", patch)], rng)
-            clips[name].append({"audio": writer.save(f"{split}-{name}-{index:03d}", wave), "start": 0.0,
-                                "seconds": round(len(wave) / RATE, 3), "description": description(events)})
-    return clips
+def clip_row(writer: Writer, split: str, name: str, index: int) -> dict:
+    """One recording of a class, or of a kind that has no name, as the beginning of a row."""
+    rng = writer.rng(f"{split}-{name}", index)
+    patch = CLASSES[name] if name in CLASSES else random_patch(writer.rng("kind", int(name.removeprefix("kind"))))
+    wave, events = compose([(name if name in CLASSES else "", patch)], rng)
+    return {"audio": writer.save(f"{split}-{name}-{index:03d}", wave), "start": 0.0, "seconds": round(len(wave) / RATE, 3),
+            "description": description(events)}
+
+
+def record(writer: Writer, job: tuple) -> list[dict]:
+    """Make one recording, with a random generator of its own, and its rows. Runs in a worker process."""
+    make, *arguments = job
+    return make(writer, *arguments)
 
 
 def example_rows(rows: list[dict], count: int, rng: np.random.Generator) -> list[dict]:
@@ -323,48 +354,60 @@ def example_rows(rows: list[dict], count: int, rng: np.random.Generator) -> list
     return out
 
 
-def pool_rows(clips: dict[str, list[dict]], names: list[str], count: int, rng: np.random.Generator) -> list[dict]:
+def pool_rows(clips: dict[str, list[dict]], split: str, count: int, rng: np.random.Generator) -> list[dict]:
     """Queries with a pool of twelve named clips, one a class, to draw shots from: eleven of the twelve are distractors."""
     rows = []
     for _ in range(count):
-        drawn = [str(n) for n in rng.choice(names, 12, replace=False)]
-        row = episode(clips, drawn, 0, "test", rng)
+        drawn = [str(n) for n in rng.choice(list(clips), 12, replace=False)]
+        row = episode(clips, drawn, 0, split, rng)
         rows.append({**{k: v for k, v in row.items() if k != "shots"}, "task": "Pool", "pool": row["shots"]})
     return rows
 
 
+def held_out(questions: list[dict], clips: dict[str, list[dict]], split: str, count: int, rng: np.random.Generator) -> list[dict]:
+    """At most `count` rows of every task: balanced questions, dialogues, few-shot episodes of 4 classes, pools."""
+    tasks = defaultdict(list)
+    for row in questions:
+        tasks[row["task"]].append(row)
+    even = {"Presence", "Count", "CountOf", "Pitch", "Length"}
+    rows = [r for task in tasks for r in balanced(tasks[task], count, rng, task in even)]
+    for task, seen in (("FewShotSeen", True), ("FewShotUnseen", False)):
+        classes = [name for name in clips if (name in TRAIN_CLASSES) == seen]
+        for _ in range(count):
+            names = [str(n) for n in rng.choice(classes, 4, replace=False)]
+            rows.append({**episode(clips, names, 0, split, rng), "task": task})
+    return rows + pool_rows(clips, split, count, rng)
+
+
 def build(folder: Path, seed: int = 0, sizes: Sizes = Sizes(), progress=lambda rows: rows) -> dict[str, list[dict]]:
-    """Write all recordings below `folder` and return the rows of each split. `progress` wraps the loop over scenes."""
+    """Write all recordings below `folder` and return the rows of each split. `progress` wraps the loop over recordings.
+
+    Unseen in val are other sounds than in test: choices that are made by looking at val do not touch the test.
+    """
     writer, rng = Writer(folder, seed), np.random.default_rng([seed, 1])
-    rows: dict[str, list[dict]] = {"train": [], "val": [], "test": []}
-    jobs = [(split, i) for split in rows for i in range(getattr(sizes, split))] + [("texture", i) for i in range(sizes.textures)]
-    for split, index in progress(jobs):
-        if split == "texture":
-            rows["train"] += texture_rows(writer, index)
-        else:
-            rows[split] += scene_rows(writer, split, index)
-    clips = make_clips(writer, "train", TRAIN_CLASSES, sizes.clips)
+    kinds = [f"kind{i:03d}" for i in range(sizes.kinds + sizes.val_kinds)]
+    heard = {("train", "named"): (list(TRAIN_CLASSES), sizes.clips), ("train", "kinds"): (kinds[:sizes.kinds], sizes.kind_clips),
+             ("val", "all"): ([*TRAIN_CLASSES, *kinds[sizes.kinds:]], sizes.clips), ("test", "all"): (list(CLASSES), sizes.clips)}
+    jobs = [(scene_rows, split, i) for split in ("train", "val", "test") for i in range(getattr(sizes, split))]
+    jobs += [(texture_rows, i) for i in range(sizes.textures)]
+    jobs += [(clip_row, split, name, i) for (split, _), (names, count) in heard.items() for name in names for i in range(count)]
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        made = dict(zip(progress(jobs), pool.map(partial(record, writer), jobs, chunksize=32)))
+    rows = {split: [row for i in range(getattr(sizes, split)) for row in made[scene_rows, split, i]] for split in ("train", "val", "test")}
+    clips = {key: {name: [made[clip_row, key[0], name, i] for i in range(count)] for name in names}
+             for key, (names, count) in heard.items()}
+    rows["train"] += [row for i in range(sizes.textures) for row in made[texture_rows, i]]
     rows["train"] += example_rows(rows["train"], sizes.examples, rng)
-    kinds = {f"kind{i:03d}": random_patch(writer.rng("kind", i)) for i in range(sizes.kinds)}
-    kind_clips = make_clips(writer, "train", kinds, sizes.kind_clips)
     for number in range(sizes.episodes):
-        pool = clips if number % 5 < 2 else kind_clips
+        pool = clips["train", "named" if number % 5 < 2 else "kinds"]
         ways = int(rng.integers(2, 6))
         names = [str(n) for n in rng.choice(list(pool), ways, replace=False)]
         rows["train"].append(episode(pool, names, int(rng.integers(0, 9 - ways)), "train", rng))
     rows["train"] += [{**clip, "task": "AudioClassification", "prompt": options_prompt(name, rng), "answer": name}
-                      for name in clips for clip in clips[name]]
-    clips = make_clips(writer, "test", CLASSES, sizes.clips)
-    test = defaultdict(list)
-    for row in rows["test"]:
-        test[row["task"]].append(row)
-    even = {"Presence", "Count", "CountOf", "Pitch", "Length"}
-    rows["test"] = [r for task in test for r in balanced(test[task], sizes.test_items, rng, task in even)]
-    for task, classes in (("FewShotSeen", TRAIN_CLASSES), ("FewShotUnseen", UNSEEN_CLASSES)):
-        for _ in range(sizes.test_items):
-            names = [str(n) for n in rng.choice(list(classes), 4, replace=False)]
-            rows["test"].append({**episode(clips, names, 0, "test", rng), "task": task})
-    rows["test"] += pool_rows(clips, list(CLASSES), sizes.test_items, rng)
+                      for name, of_name in clips["train", "named"].items() for clip in of_name]
+    rows["train"] += [told_scene(rng) for _ in range(sizes.told)] + [glossary(rng) for _ in range(sizes.glossaries)]
+    rows["val"] = held_out(rows["val"], clips["val", "all"], "val", sizes.val_items, rng)
+    rows["test"] = held_out(rows["test"], clips["test", "all"], "test", sizes.test_items, rng)
     return rows
 
 

@@ -16,7 +16,7 @@ from af_min.text import Tokenizer
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
-SIZES = scenes.Sizes(train=60, val=5, test=80, textures=10, clips=8, kinds=8, kind_clips=8, episodes=100, examples=40, test_items=30)
+SIZES = scenes.Sizes(train=60, val=5, test=80, textures=10, clips=8, kinds=8, kind_clips=8, episodes=100, examples=40, told=30, glossaries=20, val_items=5, test_items=30)
 LINES = ["The task is audio captioning. ", "The task is sound classification. ", "The task is audio question answering. ",
          "The task is dialog. ", "Here are similar examples. ", "\nAnswer:", "user: ", " \nassistant: ", "describe the sounds.",
          "what comes after the bell?", "bell then dog then horn", "is it high or low?", "classify this sound.", "no"] * 3

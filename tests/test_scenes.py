@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from af_min import manifest, scenes, synth
+from af_min import data, manifest, scenes, synth
 from af_min.scenes import NUMBERS, WINDOW, Event, Sizes, compose
 from af_min.synth import CLASSES, RATE, TRAIN_CLASSES, UNSEEN_CLASSES, Patch, render
 
@@ -22,7 +22,8 @@ def by_task(rows):
 
 
 def parts(row):
-    return [row, *row.get("shots", []), *row.get("pool", [])]
+    """The recordings of a row; text for the language model alone has none."""
+    return [part for part in (row, *row.get("shots", []), *row.get("pool", [])) if "audio" in part]
 
 
 def answers(row):
@@ -36,7 +37,8 @@ def told(row):
 
 # ---------------------------------------------------------------------- the same, always
 
-TINY_SIZES = Sizes(train=5, val=2, test=15, textures=3, clips=2, kinds=1, kind_clips=1, episodes=0, examples=0, test_items=3)
+TINY_SIZES = Sizes(train=5, val=5, test=15, textures=3, clips=5, kinds=1, kind_clips=1, episodes=0, examples=0, told=2, glossaries=2,
+                   val_items=2, test_items=3)
 
 
 def test_the_seed_decides_everything(tmp_path, scenes_data):
@@ -171,6 +173,21 @@ def test_interviews_are_right_and_training_only(scenes_rows):
     assert len(interviews) >= 20 and not by_task(scenes_rows["test"])["Interview"]
 
 
+def test_a_glossary_is_answered_by_its_own_description(scenes_rows):
+    rows = by_task(scenes_rows["train"])["Glossary"]
+    for row in rows:
+        for turn in row["turns"]:
+            assert f"{turn['user'].removesuffix('?')} {turn['assistant']}" in row["description"].split(" then ")
+    assert len(rows) == 20 and all(len({t["assistant"] for t in row["turns"]}) > 1 for row in rows)
+
+
+def test_text_without_a_recording_is_for_the_language_model_alone(scenes_data, scenes_rows):
+    assert {row["task"] for row in scenes_rows["train"] if "audio" not in row} == {"Interview", "Glossary"}
+    assert sum("audio" not in row for row in data.rows_of(scenes_data, "train", "lm")) == 50
+    assert all("audio" in row for stage in ("clap", "pretrain", "sft") for row in data.rows_of(scenes_data, "train", stage))
+    assert all("audio" in row for split in ("val", "test") for row in scenes_rows[split])
+
+
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_dialogues_are_right_whatever_it_means(scenes_rows, split):
     """A reader who follows "it" through the turns comes to the same answers."""
@@ -233,15 +250,15 @@ def test_a_made_up_word_has_no_meaning_yet(scenes_rows):
     """"five", "zero", "tone" and "before" are made of the same syllables."""
     rng, told = np.random.default_rng(0), {"prompt", "description", "user", "assistant", "answer"}
     made = {scenes.made_up_word(split, rng) for split in ("train", "test") for _ in range(10_000)}
-    said = {word for row in scenes_rows["train"] + scenes_rows["test"] if not row["task"].startswith(("FewShot", "Pool"))
+    said = {word for row in scenes_rows["train"] + scenes_rows["test"] if not row["task"].startswith(("FewShot", "Pool", "Glossary"))
             for part in [row, *row.get("turns", [])] for key in told & set(part) for word in re.findall(r"\w+", part[key])}
     assert len(made) > 3000 and len(said) > 80 and not made & said
 
 
 def test_a_made_up_word_belongs_to_one_split():
     rng = np.random.default_rng(0)
-    train, test = ({scenes.made_up_word(split, rng) for _ in range(400)} for split in ("train", "test"))
-    assert not train & test and len(train) > 200 and len(test) > 200
+    train, val, test = ({scenes.made_up_word(split, rng) for _ in range(400)} for split in ("train", "val", "test"))
+    assert not (train & test or train & val or val & test) and min(len(train), len(val), len(test)) > 150
     assert all((hashlib.sha256(w.encode()).digest()[0] < 51) == (w in test) for w in train | test)
 
 
