@@ -95,7 +95,7 @@ def lighten(everything: Everything, args) -> None:
         if args.checkpoint_activations:                          # the forward pass keeps a layer's input alone, and is done again
             layer.forward = functools.partial(torch.utils.checkpoint.checkpoint, layer.forward, use_reentrant=False)
         if args.compile:
-            layer.compile(dynamic=True)
+            layer.compile()
 
 
 def rate(step: int, c: StageConfig) -> float:
