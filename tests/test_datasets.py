@@ -60,7 +60,7 @@ EXPECTED = {
     "music_avqa": ((1, 0, 1), ("train", "AQA", "please answer this question: Is the flute louder than the piano?\noptions:\nyes.\nno.",
                                "yes"), {}),
     "dialogues": ((1, 0, 1), None, {"dialogue that is malformed": [f"chat.json item {n}: {reason}" for n, reason in (
-        (2, "turns: expected a list of"), (3, "audio: expected a path inside the data set, got None"), (4, "turns: expected"),
+        (2, "turns: expected a list of"), (3, "audio: expected a path inside the data set (or none"), (4, "turns: expected"),
         (5, "split: expected train, val or test, got 7"), (6, "audio: expected a path inside the data set"))]}),
 }
 
