@@ -89,7 +89,7 @@ def stft_kernels(window: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     n_fft = len(window)
     turns = (torch.arange(n_fft // 2 + 1)[:, None] * torch.arange(n_fft) % n_fft).double() / n_fft
     real, imaginary = (2 * torch.pi * turns).cos() * window, -(2 * torch.pi * turns).sin() * window
-    return real.float()[:, None], imaginary.float()[:, None]
+    return real.to(window.dtype)[:, None], imaginary.to(window.dtype)[:, None]
 
 
 def waves(count: int, samples: int) -> torch.Tensor:
@@ -118,9 +118,9 @@ def stages(encoder: WindowEncoder, windows: torch.Tensor) -> dict[str, torch.Ten
     return seen
 
 
-def published_stages(htsat, projection, windows: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The same of the published HTSAT."""
-    seen, hooks = {}, []
+def published_stages(published, windows: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The same of the published encoder."""
+    seen, hooks, htsat = {}, [], published.base.htsat
 
     def keep(module, name, pick):
         hooks.append(module.register_forward_hook(lambda _, __, out: seen.__setitem__(name, pick(out))))
@@ -130,7 +130,7 @@ def published_stages(htsat, projection, windows: torch.Tensor) -> dict[str, torc
     for n, layer in enumerate(htsat.layers):
         keep(layer, f"stage{n}", lambda out: out[0])
     with torch.inference_mode():
-        seen["out"] = projection(htsat(windows)["latent_output"])
+        seen["out"] = published.projection(htsat(windows)["latent_output"])
     for hook in hooks:
         hook.remove()
     return seen
@@ -151,7 +151,7 @@ def write_golden(modules) -> None:
     encoder = published_encoder(modules)
     encoder.load_state_dict({key: value for key, value in random_checkpoint(WindowEncoder(AF1.audio, AF1.clap)).items()
                              if "head" not in key and "index" not in key}, strict=False)
-    for name, value in published_stages(encoder.base.htsat, encoder.projection, waves(2, AF1.audio.window_samples)).items():
+    for name, value in published_stages(encoder, waves(2, AF1.audio.window_samples)).items():
         figures[name] = value.numpy() if name == "out" else excerpt(value)
     np.savez_compressed(GOLDEN, **figures)
 
