@@ -28,7 +28,7 @@ LARGE = 1 << 16                      # numbers; a smaller W stays in the cache, 
 def linear(x: Tensor, layer: nn.Linear | nn.Embedding) -> Tensor:
     """x (..., n_in) -> x W^T + bias (..., n_out), with the weight of a linear layer, or of an embedding that is the head too."""
     weight, bias, n_rows = layer.weight, getattr(layer, "bias", None), x.shape[:-1].numel()
-    if n_rows not in FEW or not fits(x, weight):
+    if not fits(x, weight) or n_rows not in FEW:                   # in this order: torch.compile does not know the rows
         return F.linear(x, weight, bias)
     rows, whole = x.reshape(n_rows, -1), len(weight) // BLOCK * BLOCK
     parts = [(rows @ weight[:whole].unflatten(0, (-1, BLOCK)).mT).transpose(0, 1).flatten(1)]      # (n_out / 64, rows, 64) before

@@ -162,7 +162,6 @@ def test_recomputed_activations_change_nothing(alone, scenes_data, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="few_rows.linear asks `n_rows not in FEW`, which torch.compile cannot trace for a symbolic n_rows", strict=False)
 def test_compiled_layers_learn_the_same(alone, scenes_data, tmp_path):
     train(tmp_path, scenes_data, "--preset", "micro-still", "--name", "run", "--compile")
     same_curve(tmp_path / "runs" / "run", alone)
