@@ -248,7 +248,7 @@ def footer(model: AudioFlamingo, printer: Printer, tokens: int, started: float) 
     device = next(model.parameters()).device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     now = time.perf_counter()
-    speed = f"first word after {printer.first - started:.2f} s, {tokens} tokens at {tokens / (now - printer.begun):.0f}/s" \
+    speed = f"first word after {printer.first - started:.2f} s, {tokens} tokens at {tokens / (now - printer.begun):.4g}/s" \
         if printer.first else f"{now - started:.2f} s"
     note(f"[{speed}; {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {name}, torch {torch.__version__}]")
 

@@ -1,10 +1,6 @@
-"""Checkpoints in the released format with random weights: for tests, and at full size for a trial of the whole way.
+"""Checkpoints in the released format with random weights, as any test may want them small; here at full size (9 GB):
 
-    python tests/released_format.py full                                       # 9 GB: full/{foundation.pt,clap.pth,opt/}
-    python -m af_min.pretrained --audio-flamingo full/foundation.pt --clap full/clap.pth --lm full/opt --out full/run
-    python sample.py --run full/run --audio x.wav --prompt "Describe the sound in a sentence."
-
-The second command is what a user types with the published files; random weights say nonsense, at the real speed and size.
+    python tests/released_format.py FOLDER             FOLDER/{foundation.pt,clap.pth,opt/}; bench_full_size.py goes on with them
 """
 import dataclasses
 import json

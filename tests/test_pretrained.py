@@ -4,23 +4,29 @@ The golden folder holds a tiny random model in that format, and inputs and outpu
 1, 3 and 4 audios; the windows in its unused slots are random too, where real ones are silence.
 """
 import dataclasses
+import functools
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import soundfile
 import torch
 from safetensors.torch import load_file, save_file
 
 import released_format
+import sample
+import test_sample
+import training
 from af_min import pretrained
 from af_min.cli import UserError
 from af_min.config import Config, LMConfig, RepresentationConfig, TINY
 from af_min.lm import LM
 from af_min.pretrained import build, released_state
 from af_min.pretrained_lm import expand
-from af_min.text import IGNORE, Writer
+from af_min.retrieval import hear
+from af_min.text import IGNORE, Writer, write_sample
 
 GOLDEN = Path(__file__).parent / "golden" / "af1_tiny"
 SIZES = json.loads((GOLDEN / "config.json").read_text())
@@ -194,7 +200,7 @@ SMALL = dataclasses.replace(
     audio=dataclasses.replace(TINY.audio, window=0.1, hop=0.05, n_mels=16, max_windows=4),
     representation=RepresentationConfig(layers=2, heads=2, inner=24, max_audios=3),
     xattn=dataclasses.replace(TINY.xattn, audio_index=False),
-    lm=LMConfig(vocab_size=300, width=32, layers=2, heads=4, kv_heads=4, head_dim=8, inner=64, max_positions=64))
+    lm=LMConfig(vocab_size=300, width=32, layers=2, heads=4, kv_heads=4, head_dim=8, inner=64, max_positions=160))
 
 
 @pytest.fixture(scope="module")
@@ -233,6 +239,25 @@ def test_a_new_model_starts_from_published_parts(files, tmp_path):
         heard = model.listen(model.encode(torch.rand(2, SMALL.audio.window_samples))[None], torch.tensor([[2]]))
         ours = model.lm.logits(model.hidden(ids[:, 2:], heard))
         assert torch.equal(ours[..., :297], lm.logits(lm(ids[:, 2:])))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_two_commands_of_a_user_with_published_files(files, tmp_path, monkeypatch, capsys, dtype):
+    """Convert, then ask sample.py: it says what reading the whole text again for every token says."""
+    foundation, clap, lm = map(str, files)
+    monkeypatch.setattr(pretrained, "released_model", functools.partial(pretrained.released_model, base=SMALL))
+    soundfile.write(tmp_path / "x.wav", 0.3 * torch.randn(3000, generator=torch.Generator().manual_seed(0)).numpy(), 16_000)
+    flags = [] if dtype == "bfloat16" else ["--dtype", dtype]
+    pretrained.main(["--audio-flamingo", foundation, "--clap", clap, "--lm", lm, "--out", str(tmp_path / "run"), "--slots", "2", *flags])
+    assert f"({dtype}), vocabulary 300" in capsys.readouterr().out
+    training.run_main(sample, tmp_path, ["--run", "run", "--audio", "x.wav", "--prompt", "What is it?", "--max-new", 6])
+    answer = capsys.readouterr().out.rstrip("\n")
+    model, tokenizer = pretrained.open_run(tmp_path / "run")
+    row = {"task": "AQA", "audio": str(tmp_path / "x.wav"), "prompt": "What is it?"}
+    question, heard = write_sample(tokenizer, row, complete=False), hear(model, row["audio"]).windows_WD
+    assert model.lm.embed.weight.dtype == getattr(torch, dtype) and heard.shape == (3, 16)
+    said = test_sample.reread(model, tokenizer, question.ids, question.audios, {(row["audio"], 0.0): heard}, 6)
+    assert answer == tokenizer.decode(said) and len(said) > 1
 
 
 def test_the_command_and_its_mistakes(files, tmp_path):
