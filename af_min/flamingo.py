@@ -10,7 +10,7 @@ State is explicit: `Audio` is what text may look at, `State` adds the LM's key-v
 """
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,7 @@ from torch import nn
 
 from .clap import WindowEncoder
 from .config import Config
+from .decoding import reader
 from .lm import LM, KVCache
 from .representation import Representation
 from .xattn import GatedCrossAttention, audio_number, visible_windows
@@ -41,6 +42,7 @@ class State:
     audio: Audio
     cache: KVCache
     seen_B: torch.Tensor
+    step: Callable | None = None    # how decoding reads single tokens, once it has begun (decoding.py)
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,7 @@ class AudioFlamingo(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        width = config.clap.out_width
-        max_audios = config.representation.max_audios
+        width, max_audios = config.clap.out_width, config.representation.max_audios
         self.encoder = WindowEncoder(config.audio, config.clap)
         self.representation = Representation(config.representation, width, config.audio.max_windows)
         self.xattn = nn.ModuleDict({  # key: the LM layer that the block stands before
@@ -76,8 +77,7 @@ class AudioFlamingo(nn.Module):
 
     def represent(self, windows_AWD: torch.Tensor, n_windows_BN: torch.Tensor) -> torch.Tensor:
         """Audio tokens of every recording, (A, W, D); A counts the audios of all samples in order (n_windows_BN > 0)."""
-        present = n_windows_BN > 0
-        max_windows = self.config.audio.max_windows
+        present, max_windows = n_windows_BN > 0, self.config.audio.max_windows
         number_A = torch.arange(n_windows_BN.shape[1], device=windows_AWD.device).expand_as(n_windows_BN)[present]
         if not self.config.representation.attend_padding:
             first_A = None if self.config.xattn.audio_index else number_A * max_windows
@@ -170,13 +170,13 @@ class AudioFlamingo(nn.Module):
 
         Every yielded token, the last ones included, is read into `state`, so that a dialogue can go on from it.
         """
-        random = torch.Generator(device="cpu").manual_seed(sampling.seed)
+        random, read = torch.Generator(device="cpu").manual_seed(sampling.seed), reader(self, state, max_new)
+        never = torch.tensor(banned, dtype=torch.long, device=logits_BV.device)
         alive_B = torch.ones(len(logits_BV), dtype=torch.bool, device=logits_BV.device)
         for _ in range(max_new):
-            if banned:
-                logits_BV[:, list(banned)] = float("-inf")
+            logits_BV = logits_BV.index_fill(1, never, float("-inf"))
             token_B = torch.where(alive_B, draw(logits_BV, sampling, random), pad_id)
-            logits_BV = self.read(token_B[:, None], state, None if alive_B.all() else alive_B[:, None])
+            logits_BV = read(token_B[:, None], state, None if alive_B.all() else alive_B[:, None])
             yield token_B
             alive_B = alive_B & (token_B != stop_id)
             if not alive_B.any():
