@@ -108,12 +108,17 @@ def released_state(path: Path, config: Config, dtype: torch.dtype = torch.float3
     return read_table(entries, table, dtype)
 
 
-def grow(state: dict[str, Tensor], rows: int) -> None:
-    """Give the LM's embedding (and an untied head) rows for new tokens, in place: each the mean of those that are there."""
+def add_tokens(state: dict[str, Tensor], tokenizer: PublishedTokenizer, rows: int, seed: int) -> None:
+    """Give the LM's embedding (and an untied head) `rows` rows, in place. A new special token's is the mean of those that are there,
+    <|endofchunk|>'s that of the end of text, with a little noise: to a frozen language model equal rows would be one token."""
+    random = torch.Generator().manual_seed(seed)
     for name in ("embed.weight", "head.weight"):
-        if name in state and len(state[name]) < rows:
-            mean = state[name].float().mean(0, keepdim=True).to(state[name].dtype)
-            state[name] = torch.cat([state[name], mean.expand(rows - len(state[name]), -1)])
+        if name in state:
+            old, spread, mean = state[name], *torch.std_mean(state[name].float(), 0)
+            state[name] = torch.cat([old, mean.to(old.dtype).expand(max(0, rows - len(old)), -1)])
+            for i in sorted(i for i in tokenizer.special_ids if i >= tokenizer.vocabulary.size):
+                like = old[tokenizer.eos_id].float() if i == tokenizer.eoc_id else mean
+                state[name][i] = like + 0.3 * spread * torch.randn(len(mean), generator=random)
 
 
 def encoder_state(config: Config, clap: Path, dtype: torch.dtype) -> tuple[dict[str, Tensor], Tensor, str]:
@@ -162,7 +167,7 @@ def new_model(clap: Path | None, lm: Path, dtype: torch.dtype = torch.float32, s
     tokenizer = published_tokenizer(lm)
     lm_settings, weights = lm_state(lm, dtype)
     rows = max(tokenizer.vocab_size, lm_settings.vocab_size)
-    grow(weights, rows)
+    add_tokens(weights, tokenizer, rows, seed)
     config = dataclasses.replace(base, audio_id=tokenizer.audio_id, lm=dataclasses.replace(lm_settings, vocab_size=rows),
                                  representation=dataclasses.replace(base.representation, max_audios=slots))
     torch.manual_seed(seed)

@@ -233,6 +233,8 @@ def test_a_new_model_starts_from_published_parts(files, tmp_path):
     zero = dataclasses.replace(SMALL, xattn=dataclasses.replace(SMALL.xattn, gate_init=0.0))
     config, tokenizer, state = pretrained.new_model(files[1], folder, base=zero)
     assert config.lm.vocab_size == tokenizer.vocab_size == 300 and config.lm.tied_head
+    distance = torch.cdist(state["lm.embed.weight"][297:], state["lm.embed.weight"])
+    assert (distance[:, 297:] + 9 * torch.eye(3)).min() > 0.3 and distance[1, :298].argmin() == tokenizer.eos_id
     model = build(config, state)
     ids = torch.tensor([[2, 297, 40, 41, 42]])
     with torch.no_grad():
