@@ -2,6 +2,8 @@
 gives a function of no arguments that computes the attention."""
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -33,10 +35,16 @@ def sdpa(backend):
     return prepare
 
 
+@functools.cache
+def compiled_flex():
+    from torch.nn.attention.flex_attention import flex_attention
+    return torch.compile(flex_attention, dynamic=False)
+
+
 def flex(ready: bool):
     def prepare(q, k, v, kv_len):
-        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-        attend = torch.compile(flex_attention, dynamic=False)
+        from torch.nn.attention.flex_attention import create_block_mask
+        attend = compiled_flex()
 
         def block_mask():
             return create_block_mask(lambda b, h, t, j: j < kv_len[b, t], q.shape[0], None, q.shape[2], k.shape[2],

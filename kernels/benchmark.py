@@ -1,8 +1,12 @@
 """How fast the kernels are, against everything that PyTorch has for the same job.
 
-    python -m kernels.benchmark            on a GPU: tests, correctness, 250 equal repetitions, then the tables and a profile
+    python -m kernels.benchmark            on a GPU: correctness, 250 equal repetitions, the tables, profiles, the tests
     python -m kernels.benchmark --dry      the same code on a CPU, tiny and interpreted: are there mistakes? (half a minute)
     python -m kernels.benchmark --cpu      the CPU path against PyTorch's fused attention with a ready-made mask (under a minute)
+
+The first takes --minutes and at most one more: what has not begun by then becomes a line that says so, the dearest to compile
+comes last. benchmark.csv, with device and versions in its first line, is replaced as a whole after every measurement,
+benchmark.png after every table: a run that is killed leaves what it had measured.
 
 Core: q (B, 8, T, 64) against L audio tokens, kv_len in equal shots, forward / backward / both. Baselines get the same tensors in
 the same run: einsum with a (T, L) mask built on every call, as the released code does; SDPA with a boolean mask, cuDNN and
@@ -10,7 +14,7 @@ memory-efficient; SDPA flash, which takes no mask, where all see all; FlexAttent
 call; flash-attn varlen, if installed, on keys copied for every shot beforehand. Block: the whole gated cross-attention block of
 AF1 (width 2048), where the core is under 1 % of the arithmetic at L = 128: its speed-up is the one that training feels.
 Projection: x + tanh(g) a Wᵀ, fused and folded; the keys and values of all 24 blocks, by one product or by 24. Model: training
-step, prompt and one-token decoding of `af1` with random weights, kernels on and off (benchmark_model.py).
+step, prompt and one-token decoding of `af1` with random weights, kernels and CUDA graph on and off (benchmark_model.py).
 
 TFLOP/s count visible keys only: 4·K·H·sum(kv_len) forward, 2.5 times that backward. The roofline is measured in the same run
 (a large copy, a large matrix product). Only a GPU can exercise the baselines that `--dry` lists as not run, Triton's timer,
@@ -21,6 +25,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import csv
+import io
 import math
 import os
 import statistics
@@ -51,7 +56,8 @@ class Settings:
     """Times the kernels and their baselines on a GPU; `--cpu` compares the CPU path with PyTorch's fused attention."""
     cpu: bool = cli.flag(False, "report the CPU path's time over that of SDPA with a ready-made mask")
     dry: bool = cli.flag(False, "every measurement once, with tiny shapes, on the CPU: are there mistakes? no figures")
-    out: str = cli.flag("kernels/results", "folder for benchmark.csv, benchmark.png and profile.txt (--dry: a folder in it)")
+    out: str = cli.flag("kernels/results", "folder for benchmark.csv, benchmark.png, profiles, tests.txt (--dry: a folder in it)")
+    minutes: float = cli.flag(8.0, "begin no measurement after so long")
 
 
 def make(B, T, L, shots, H=8, K=64, dtype=torch.bfloat16, device="cuda"):
@@ -63,14 +69,30 @@ def make(B, T, L, shots, H=8, K=64, dtype=torch.bfloat16, device="cuda"):
 
 @dataclass
 class Bench:
-    """What is measured where: the device, how to time and to compile on it, and the rows so far."""
+    """What is measured where: the device, how to time and to compile on it, and the rows so far, always saved."""
+    folder: Path
+    title: str
     dry: bool = False
+    deadline: float = math.inf                               # time.monotonic() from which nothing begins
     rows: list = field(default_factory=list)
     roof: tuple[float, float] = (1.0, 1.0)                   # bytes/s, bf16 FLOP/s
 
     @property
     def device(self) -> str:
         return "cpu" if self.dry else "cuda"
+
+    def write(self, name: str, text: str) -> None:
+        """A file of the results; it is there whole or not at all."""
+        partial = self.folder / (name + ".partial")
+        partial.write_text(text)
+        os.replace(partial, self.folder / name)
+
+    def keep(self, *rows) -> None:
+        """Add lines to benchmark.csv."""
+        self.rows += rows
+        text = io.StringIO(newline="")
+        csv.writer(text).writerows([HEADER, *self.rows])
+        self.write("benchmark.csv", f"# {self.title}\n{text.getvalue()}")
 
     @staticmethod
     @contextlib.contextmanager
@@ -118,25 +140,28 @@ class Bench:
 
     def add(self, table, shape, name, times, flop=None, moved=None) -> None:
         """Keep and print a line for each pass. flop, moved: visible FLOP and necessary bytes of the forward pass."""
-        factors = {"forward": (1, 1), "backward": (2.5, 2), "both": (3.5, 3)}
+        factors, rows = {"forward": (1, 1), "backward": (2.5, 2), "both": (3.5, 3)}, []
         for which, (median, low, high) in times.items():
             tflops = share = ""
             if flop:
                 work, traffic = (x * y for x, y in zip(factors[which], (flop, moved)))
                 tflops = f"{work / median / 1e6:.1f}"
                 share = f"{max(work / self.roof[1], traffic / self.roof[0]) * 1e6 / median:.2f}"
-            self.rows.append((table, shape, name, which, f"{median:.1f}", f"{low:.1f}", f"{high:.1f}", tflops, share))
+            rows.append((table, shape, name, which, f"{median:.1f}", f"{low:.1f}", f"{high:.1f}", tflops, share))
             print(f"{table:10} {shape:24} {name:32} {which:9} {median:10.1f} us  [{low:.1f}, {high:.1f}]  {tflops:>7} {share:>5}",
                   flush=True)
+        self.keep(*rows)
 
     def attempt(self, table, shape, name, run, **work) -> None:
         """One implementation; what it cannot do becomes a line that says so: a missing baseline is visible, the rest goes on."""
         try:
+            if time.monotonic() > self.deadline:
+                raise RuntimeError("no time left")
             self.add(table, shape, name, run(), **work)
         except (RuntimeError, ImportError) if self.dry else Exception as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:100]
-            self.rows.append((table, shape, name, "not run: " + reason, "", "", "", "", ""))
             print(f"{table:10} {shape:24} {name:32} not run: {reason}", flush=True)
+            self.keep((table, shape, name, "not run: " + reason, "", "", "", "", ""))
 
 
 # --- correctness, before anything is timed ---------------------------------------------------------------------------------
@@ -174,14 +199,15 @@ def results(function, inputs, kv_len, do):
 
 # --- tables ----------------------------------------------------------------------------------------------------------------
 
-def core_table(bench: Bench, shapes=CORE) -> None:
+def core_table(bench: Bench, shapes=CORE, compiled: bool = False) -> None:
+    """Those that take tens of seconds to compile (FlexAttention), or the others."""
     for B, T, L, shots in shapes:
         q, k, v, kv_len, do = make(B, T, L, shots, device=bench.device)
         work = {"flop": 4 * 64 * 8 * int(kv_len.sum()), "moved": q.element_size() * 2 * (q.numel() + k.numel())}
-        for name, prepare in ATTENTION.items():
+        for name in [name for name in ATTENTION if name.startswith("Flex") == compiled]:
             bench.attempt("core", f"B{B} T{T} L{L} shots {shots}", name,
-                          lambda: bench.passes(prepare(q, k, v, kv_len), (q, k, v), do), **work)
-            torch.compiler.reset()
+                          lambda: bench.passes(ATTENTION[name](q, k, v, kv_len), (q, k, v), do), **work)
+        torch.compiler.reset()
 
 
 def block_table(bench: Bench, shapes=BLOCK, width=2048, dtype=torch.bfloat16) -> None:
@@ -234,18 +260,14 @@ def projection_table(bench: Bench, shapes=((4096, 512), (20480, 512), (4096, 819
             time(f"kv of {blocks} blocks, L {rows}", name, run)
 
 
-def save(rows, folder: Path, title: str) -> None:
-    """benchmark.csv and, for core, block and model, benchmark.png: time of every implementation over ours."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "benchmark.csv", "w", newline="") as file:
-        file.write(f"# {title}\n")
-        csv.writer(file).writerows([HEADER, *rows])
-    import matplotlib                                         # not before the figures are safe
+def plot(bench: Bench) -> None:
+    """benchmark.png, for core, block and model: time of every implementation over ours."""
+    import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
     figure, axes = pyplot.subplots(3, 1, figsize=(11, 13), layout="constrained")
     for axis, table, mine, which in zip(axes, ("core", "block", "model"), ("ours", "kernels", "kernels"), ("both", "both", "step")):
-        times = {(shape, name): float(row[0]) for kind, shape, name, part, *row in rows if kind == table and part == which}
+        times = {(shape, name): float(row[0]) for kind, shape, name, part, *row in bench.rows if kind == table and part == which}
         shapes, names = (list(dict.fromkeys(key[i] for key in times)) for i in (0, 1))
         for n, name in enumerate(names):
             heights = [times.get((s, name), math.nan) / times.get((s, mine), math.nan) for s in shapes]
@@ -254,9 +276,10 @@ def save(rows, folder: Path, title: str) -> None:
         axis.axhline(1, color="black", linewidth=0.8)
         axis.set(title=f"{table}: {which}, time over that of {mine} (higher: slower)", yscale="log")
         axis.legend(fontsize=7) if names else None
-    figure.suptitle(title, fontsize=9)
-    figure.savefig(folder / "benchmark.png", dpi=120)
-    print(f"saved {folder}/benchmark.csv and benchmark.png")
+    figure.suptitle(bench.title, fontsize=9)
+    figure.savefig(bench.folder / "benchmark.png.partial", dpi=120, format="png")
+    pyplot.close(figure)
+    os.replace(bench.folder / "benchmark.png.partial", bench.folder / "benchmark.png")
 
 
 def cpu_ratio(repeats: int = 25) -> None:
@@ -291,30 +314,47 @@ def cpu_ratio(repeats: int = 25) -> None:
             f"{middle['ours', which] / middle['SDPA', which]:.2f}" for which in ("forward", "both")), flush=True)
 
 
-def measure(bench: Bench, folder: Path) -> None:
-    """Correctness, tables, profiles; what was measured is saved whatever happens."""
+def run_tests(bench: Bench, seconds: float = 150) -> None:
+    """test_kernels_interpreted.py on the device, long cases too, by four processes; what they print goes into tests.txt.
+
+    Without triton's cache most of the time is compilation, hence the four. RuntimeError where a test fails or time runs out."""
+    parts = ["no_audio_in_the_batch"] if bench.dry else ["fp32", "fp16", "bf16", "not fp32 and not fp16 and not bf16"]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "", "-p", "no:cacheprovider", "tests/test_kernels_interpreted.py", "-k"]
+    running = [subprocess.Popen([*command, part], cwd=Path(__file__).parents[1], text=True, stdout=subprocess.PIPE,
+                                stderr=subprocess.STDOUT) for part in parts]
+    end, told = time.monotonic() + seconds, []
+    for process in running:
+        try:
+            told.append(process.communicate(timeout=max(1.0, end - time.monotonic()))[0])
+        except subprocess.TimeoutExpired:
+            process.kill()
+            told.append(process.communicate()[0] + f"\nstopped after {seconds:.0f} s\n")
+    bench.write("tests.txt", "".join(f"{bench.title}\n-k {part!r}:\n{text}" for part, text in zip(parts, told)))
+    wrong = [part for part, process in zip(parts, running) if process.returncode]
+    if wrong:
+        raise RuntimeError(f"tests -k {wrong[0]!r} failed or ran out of time: see tests.txt")
+    bench.keep(("tests", "all", "kernels", "; ".join(text.splitlines()[-1].strip("= ") for text in told), "", "", "", "", ""))
+
+
+def measure(bench: Bench) -> None:
+    """Correctness, then table after table."""
     from . import benchmark_model
-    if bench.dry:
-        title = f"dry run, no figures; torch {torch.__version__}"
-        check([(5, 9), (1, 12)], ((1, 4, 8, 2),), 1, bench.device)
-    else:
-        import triton
-        title = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, " \
-                f"CUDA {torch.version.cuda}, bf16"
-        check()
-    print(title, flush=True)
-    try:
-        bench.measure_roof()
-        core_table(bench, *[[(1, 4, 8, 1), (1, 4, 8, 2)]] * bench.dry)
-        block_table(bench, *([(1, 4, 8, 2)], 64) * bench.dry)
-        projection_table(bench, *([(3, 8)], 64, 2, [4]) * bench.dry)
-        benchmark_model.table(bench, folder)
-    finally:
-        save(bench.rows, folder, title)
+    print(bench.title, flush=True)
+    bench.keep()
+    check(*([(5, 9), (1, 12)], ((1, 4, 8, 2),), 1, "cpu") * bench.dry)
+    bench.measure_roof()
+    core = [[(1, 4, 8, 1), (1, 4, 8, 2)]] * bench.dry
+    for table in (lambda: core_table(bench, *core), lambda: benchmark_model.table(bench),
+                  lambda: block_table(bench, *([(1, 4, 8, 2)], 64) * bench.dry),
+                  lambda: projection_table(bench, *([(3, 8)], 64, 2, [4]) * bench.dry),
+                  lambda: bench.attempt("tests", "all", "kernels", lambda: run_tests(bench) or {}),
+                  lambda: core_table(bench, *core, compiled=True)):
+        table()
+        plot(bench)
 
 
 def main() -> None:
-    settings = cli.parse(Settings)
+    settings, started = cli.parse(Settings), time.monotonic()
     torch.manual_seed(0)
     if settings.cpu:
         cpu_ratio()
@@ -322,19 +362,24 @@ def main() -> None:
         return
     if settings.dry:
         os.environ["TRITON_INTERPRET"] = "1"                  # before masked_xattn.py is imported
-    elif not torch.cuda.is_available():
+        title = f"dry run, no figures; torch {torch.__version__}"
+    elif torch.cuda.is_available():
+        import triton
+        title = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, " \
+                f"CUDA {torch.version.cuda}, bf16"
+    else:
         raise cli.UserError("no CUDA GPU here, so nothing to time; `--cpu` reports the CPU path, `--dry` tries every measurement, "
                             "`python -m kernels.check_compile` compiles the kernels without a GPU")
     from torch._functorch import config as autograd_config
     autograd_config.donated_buffer = False            # the backward pass is timed alone, on a graph that is kept
-    bench = Bench(settings.dry)
-    tests = ["-m", "pytest", "-q", "-m", "", "tests/test_kernels_interpreted.py"]
-    passed = settings.dry or subprocess.run([sys.executable, *tests], cwd=Path(__file__).parents[1]).returncode == 0
-    measure(bench, Path(settings.out, "dry" if settings.dry else ""))
+    bench = Bench(Path(settings.out, "dry" if settings.dry else ""), title, settings.dry, started + 60 * settings.minutes)
+    bench.folder.mkdir(parents=True, exist_ok=True)
+    measure(bench)
     failed = [row for row in bench.rows
               if row[3].startswith("not run") and row[2].startswith(("ours", "kernels", "fused", "folded"))]
-    if failed or not passed:
-        raise cli.UserError(f"{len(failed)} measurements of our own kernels did not run (see the table); tests passed: {passed}")
+    print(f"{len(bench.rows)} lines in {bench.folder}/benchmark.csv after {time.monotonic() - started:.0f} s")
+    if failed:
+        raise cli.UserError(f"{len(failed)} measurements or tests of our own kernels did not succeed: {failed[0]}")
 
 
 if __name__ == "__main__":

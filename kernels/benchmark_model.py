@@ -1,20 +1,19 @@
-"""The whole model, kernels on and off: a training step, reading a prompt, one-token decoding, and a profile of each.
+"""The whole model, kernels on and off: a training step, reading a prompt, decoding with and without a CUDA graph; profiles.
 
 `af1` (2.2 B parameters) with random weights: the speed does not depend on what they are. Called by benchmark.py.
 Training is train.py's: float32 weights, bf16 by autocast, everything but the encoder learns, AdamW. Decoding is greedy, with
-weights in bf16; a step reads one token into the caches and picks the next.
+weights in bf16; a step reads one token into the caches and picks the next, an answer is af_min's own loop around such steps.
 """
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
-
 import torch
 
 from af_min.config import PRESETS
+from af_min.decoding import FixedStep
 from af_min.flamingo import AudioFlamingo
 
-SHOTS = 8
+SHOTS, ANSWER = 8, 16
 
 
 def batch(model: AudioFlamingo, B: int, T: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -26,17 +25,15 @@ def batch(model: AudioFlamingo, B: int, T: int) -> tuple[torch.Tensor, torch.Ten
     return torch.randn(B * SHOTS, W, config.clap.out_width, device=device), torch.full((B, SHOTS), W, device=device), ids
 
 
-def profile(run, file: Path, device: str) -> None:
+def profile(run, bench, name: str) -> None:
     """Where the time of one call goes, the twenty dearest operators."""
     from torch.profiler import ProfilerActivity
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")
-    with torch.profiler.profile(activities=activities) as record:
+    with torch.profiler.profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (not bench.dry)) as record:
         run()
-        if device == "cuda":
+        if not bench.dry:
             torch.cuda.synchronize()
-    order = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(record.key_averages().table(sort_by=order, row_limit=20))
+    order = "self_cpu_time_total" if bench.dry else "self_device_time_total"
+    bench.write(f"profile-{name}.txt".replace(", ", "-").replace(" ", "-"), record.key_averages().table(sort_by=order, row_limit=20))
 
 
 def training(model: AudioFlamingo, B: int, T: int):
@@ -54,23 +51,43 @@ def training(model: AudioFlamingo, B: int, T: int):
     return step
 
 
-def decoding(model: AudioFlamingo, B: int, T: int):
-    """(reading the prompt, reading one more token behind it). The token is forgotten again, so every call does the same."""
-    windows, n_windows, ids = batch(model, B, T)
-    state = model.start(model.listen(windows, n_windows), T + 1)
+@torch.no_grad()
+def decoding(model: AudioFlamingo, B: int, T: int, graph: bool) -> dict:
+    """Reading the prompt, one more token behind it, an answer of ANSWER tokens. All is forgotten again: every call does the same.
 
-    def read(ids_BT, length):
+    graph: single tokens by FixedStep, which must give the logits of the ordinary step (to 3 % of the largest: bf16)."""
+    windows, n_windows, ids = batch(model, B, T)
+    state = model.start(model.listen(windows, n_windows), T + ANSWER)
+
+    def rewind(length):
         state.cache.length, state.seen_B = length, torch.full((B,), min(length, SHOTS), device=ids.device)
-        return model.read(ids_BT, state).argmax(-1)
 
     def prompt():
         model.listen(windows, n_windows)
-        return read(ids, 0)
-    token = prompt()[:, None]
-    return prompt, lambda: read(token, T)
+        rewind(0)
+        for recent in state.cache.recent:            # which rewinding leaves as it is
+            recent.zero_()
+        return model.read(ids, state)
+
+    def step():
+        rewind(T)
+        return state.step(token, state)
+
+    def answer():
+        rewind(T)
+        return sum(1 for _ in model.generate(first, state, -1, 0, ANSWER))
+    first, state.step = prompt(), model.read
+    token = first.argmax(-1)[:, None]
+    if graph:
+        plain, _ = step(), prompt()
+        state.step = FixedStep(model, state)
+        error = (step() - plain).abs().max() / plain.abs().max()
+        assert error <= 0.03, f"got logits {error:.1%} from those of the ordinary step, expected at most 3 %"
+        return {"step": lambda: step().argmax(-1), f"{ANSWER} tokens": answer}
+    return {"prompt": prompt, "step": lambda: step().argmax(-1), f"{ANSWER} tokens": answer}
 
 
-def table(bench, folder: Path) -> None:
+def table(bench) -> None:
     """Rows of the table `model`, and profile-*.txt with the kernels on."""
     config, T, batches = PRESETS["af1"], 512, (4, 1, 8)
     if bench.dry:
@@ -82,17 +99,15 @@ def table(bench, folder: Path) -> None:
         train, shape = i == 0, f"{'decoding' if i else 'training'} B{B} T{T}"
         if not train:
             model = model.to(torch.bfloat16).eval()
-        for name, which in (("released form", "released"), ("PyTorch", "reference"), ("kernels", "triton")):
+        for name, which in (("kernels", "triton"), ("PyTorch", "reference"), ("released form", "released"),
+                            *[("kernels, CUDA graph", "triton")] * (not train)):
             def measure():
-                if train:
-                    runs = {"step": training(model, B, T)}
-                else:
-                    runs = dict(zip(("prompt", "step"), decoding(model, B, T)))
+                runs = {"step": training(model, B, T)} if train else decoding(model, B, T, name.endswith("graph"))
                 for run in runs.values():
                     run()
-                if name == "kernels":
-                    for part, run in runs.items():
-                        profile(run, folder / f"profile-{shape.replace(' ', '-')}-{part}.txt", bench.device)
-                return {part: bench.time(run, 3000) for part, run in runs.items()}
+                if which == "triton":
+                    for part in [part for part in ("prompt", "step") if part in runs]:
+                        profile(runs[part], bench, f"{shape} {name} {part}")
+                return {part: bench.time(run, 1000) for part, run in runs.items()}
             with bench.backend(which), torch.set_grad_enabled(train):
                 bench.attempt("model", shape, name, measure)

@@ -169,25 +169,64 @@ def test_every_configuration_compiles_without_spills():
     assert "no faults" in python("-m", "kernels.check_compile", TRITON_INTERPRET="0")
 
 
+def saved_rows(folder):
+    """The lines of a dry run's benchmark.csv; every one is whole, and nothing else looks like a result."""
+    lines = (folder / "dry" / "benchmark.csv").read_text().splitlines()
+    assert lines[0].startswith("# dry run, no figures; torch ") and lines[1].startswith("table,shape,implementation,pass,median_us")
+    rows = list(csv.reader(lines[2:]))
+    assert all(len(row) == 9 for row in rows)
+    return rows
+
+
 @needs_triton
 def test_a_dry_run_goes_through_every_measurement(tmp_path):
     """What waits for a GPU is run here once, tiny and interpreted; only foreign baselines may be missing on a CPU."""
     python("-m", "kernels.benchmark", "--dry", "--out", str(tmp_path))
-    lines = (tmp_path / "dry" / "benchmark.csv").read_text().splitlines()
-    assert lines[0].startswith("# dry run, no figures; torch ") and lines[1].startswith("table,shape,implementation,pass,median_us")
-    rows = [row for row in csv.reader(lines[2:])]
+    rows = saved_rows(tmp_path)
     missing = {row[2] for row in rows if row[3].startswith("not run")}
     assert missing <= {"SDPA cuDNN", "SDPA memory-efficient", "SDPA flash", "FlexAttention, mask ready",
                        "FlexAttention, mask every call", "flash-attn varlen"}
     done = {(row[0], row[2], row[3]) for row in rows if row[4] and float(row[4]) > 0}
-    three = ("forward", "backward", "both")
+    three, decoding = ("forward", "backward", "both"), ("prompt", "step", "16 tokens")
     for table, names, passes in (
             ("core", ("ours", "einsum, mask every call"), three),
             ("block", ("released form", "PyTorch", "PyTorch, torch.compile", "kernels", "kernels, torch.compile"), three),
             ("projection", ("fused", "folded, cuBLAS", "PyTorch", "PyTorch, torch.compile"), ("forward",)),
             ("projection", ("a product a block", "one, stacked on the call", "one, stacked before"), ("forward",)),
-            ("model", ("released form", "PyTorch", "kernels"), ("prompt", "step"))):
+            ("model", ("released form", "PyTorch", "kernels"), decoding), ("model", ("kernels, CUDA graph",), decoding[1:])):
         assert done >= {(table, name, part) for name in names for part in passes}, table
-    assert (tmp_path / "dry" / "benchmark.png").stat().st_size > 10_000
+    assert [row[3] for row in rows if row[0] == "tests"][0].startswith("1 passed")
+    assert "1 passed" in (tmp_path / "dry" / "tests.txt").read_text()
+    assert (tmp_path / "dry" / "benchmark.png").stat().st_size > 10_000 and not list(tmp_path.glob("dry/*.partial"))
     profiles = [file.read_text() for file in (tmp_path / "dry").glob("profile-*.txt")]
-    assert len(profiles) == 3 and all("af_min::masked_xattn" in profile for profile in profiles)
+    assert len(profiles) == 4 and all("af_min::masked_xattn" in profile for profile in profiles)
+
+
+@needs_triton
+def test_a_benchmark_that_is_killed_or_runs_out_of_time_leaves_what_it_measured(tmp_path):
+    """SIGKILL while a new benchmark.csv is half written; then a run whose time is up before it begins."""
+    with pytest.raises(AssertionError, match="exit code -9"):
+        python("-c", "import os, sys\n"
+               "from kernels import benchmark\n"
+               f"sys.argv = ['benchmark', '--dry', '--out', {str(tmp_path)!r}]\n"
+               "benchmark.check, write, kept = lambda *a: None, benchmark.Bench.write, []\n"
+               "def deadly(bench, name, text):\n"
+               "    kept.append(name)\n"
+               "    if len(kept) == 4:\n"
+               "        (bench.folder / (name + '.partial')).write_text(text[:-9])\n"
+               "        os.kill(os.getpid(), 9)\n"
+               "    write(bench, name, text)\n"
+               "benchmark.Bench.write = deadly\n"
+               "benchmark.main()")
+    rows = saved_rows(tmp_path)
+    assert [row[2:4] for row in rows] == [["ours", name] for name in ("forward", "backward", "both")] \
+        + [["einsum, mask every call", name] for name in ("forward", "backward", "both")]
+    assert (tmp_path / "dry" / "benchmark.csv.partial").exists()
+    with pytest.raises(AssertionError, match="exit code 2"):
+        python("-c", "import sys\n"
+               "from kernels import benchmark\n"
+               f"sys.argv = ['benchmark', '--dry', '--minutes', '0', '--out', {str(tmp_path)!r}]\n"
+               "benchmark.check = lambda *a: None\n"
+               "benchmark.cli.run(benchmark.main)")
+    rows = saved_rows(tmp_path)
+    assert len(rows) > 20 and {row[3] for row in rows} == {"not run: no time left"}

@@ -220,9 +220,10 @@ def whole_model():
 
 def assert_same_model(found):
     """Every tensor to 1e-5 of its largest value: float32, summed in another order. A bias of all keys alike changes no softmax."""
-    assert found["triton"].keys() == found["reference"].keys()
-    for name, want in found["reference"].items():
-        error, size = float((found["triton"][name] - want).abs().max()), float(want.abs().max())
+    reference = found.pop("reference")
+    for (name, want), tensors in itertools.product(reference.items(), found.values()):
+        assert tensors.keys() == reference.keys()
+        error, size = float((tensors[name] - want).abs().max()), float(want.abs().max())
         assert error <= 1e-5 * size + 1e-8, f"{name}: error {error:.1e} of {size:.1e}"
         assert size > 1e-6 or name.endswith("attention.k.bias"), f"{name}: nothing to compare, all 0"
 
@@ -241,13 +242,16 @@ def test_whole_model_has_the_same_loss_and_gradients_on_both_backends(monkeypatc
     assert_same_model(found)
 
 
+@torch.no_grad()
 def test_decoding_token_by_token_is_the_same_on_both_backends(monkeypatch):
-    """A prompt in one piece, then single tokens, <audio> among them, through the one-token kernel."""
+    """A prompt in one piece, then single tokens, <audio> among them, through the one-token kernel; on a GPU also as a graph."""
+    from af_min.decoding import FixedStep
     model, windows, n_windows, ids = whole_model()
     found = {}
-    for backend in ("reference", "triton"):
-        monkeypatch.setenv("AF_MIN_KERNELS", backend)
+    for way in ("reference", "triton", "triton, graph"):
+        monkeypatch.setenv("AF_MIN_KERNELS", way.split(",")[0])
         state = model.start(model.listen(windows, n_windows), 21)
-        found[backend] = {"prompt": model.read(ids[:, :7], state)}
-        found[backend] |= {f"token {t}": model.read(ids[:, t:t + 1], state) for t in range(7, 21)}
+        found[way] = {"prompt": model.read(ids[:, :7], state)}
+        read = FixedStep(model, state) if way.endswith("graph") else model.read
+        found[way] |= {f"token {t}": read(ids[:, t:t + 1], state).clone() for t in range(7, 21)}
     assert_same_model(found)
