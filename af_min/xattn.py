@@ -17,6 +17,9 @@ training starts from the unchanged language model:
 **Not in the paper: `audio_index`.** From pointing at *all* audios so far a small model is slow to learn which of them a
 text belongs to. With this setting, query and key carry the number of their audio as a learned vector, E_q[n] and E_k[n],
 that starts out so that text prefers its own audio; the operation stays the same dot product.
+
+**Nor is `null_key`**: a key and a value of zeros that all text sees. A mean over what is heard cannot tell one bell from two;
+beside a constant it can: n bells of weight e^s have the share n e^s / (1 + n e^s).
 """
 from __future__ import annotations
 
@@ -51,10 +54,10 @@ class GatedCrossAttention(nn.Module):
 
     def __init__(self, config: XattnConfig, width: int, audio_width: int, max_audios: int):
         super().__init__()
-        self.heads, inner = config.heads, config.heads * config.head_dim
+        self.heads, inner, self.null_key = config.heads, config.heads * config.head_dim, int(config.null_key)
         self.norm = nn.LayerNorm(width)
         self.q = nn.Linear(width, inner, bias=False)
-        self.kv = nn.Linear(audio_width, 2 * inner, bias=False)        # rows [K; V]
+        self.kv = nn.Linear(audio_width, 2 * inner, bias=False)        # rows [K; V]; one product for all blocks: no gain on a CPU
         self.out = nn.Linear(inner, width, bias=False)
         self.attn_gate = nn.Parameter(torch.full((1,), config.gate_init))
         self.ff_norm = nn.LayerNorm(width)
@@ -70,11 +73,7 @@ class GatedCrossAttention(nn.Module):
             self.index_k = nn.Parameter(own.reshape(max_audios, inner).clone())
 
     def keys_values(self, audio_BLD: torch.Tensor, number_BL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Audio tokens and the number (1, 2, ...) of the audio that each is of -> k, v (B, H, L, K).
-
-        Each block has its own matrix product. On one CPU thread a single one for the 24 blocks of `af1` gains nothing (B 1, L 128,
-        medians: 41 ms apart, 41 ms with the weights already stacked, 84 ms when stacked on every call), and blocks stay whole.
-        """
+        """Audio tokens and the number (1, 2, ...) of the audio that each is of -> k, v (B, H, L, K)."""
         k, v = self.kv(audio_BLD).chunk(2, dim=-1)
         if self.index_k is not None:
             k = k + F.embedding((number_BL - 1).clamp(0, len(self.index_k) - 1), self.index_k).to(k.dtype)
@@ -91,7 +90,8 @@ class GatedCrossAttention(nn.Module):
                 number_BT: torch.Tensor, first_BT: torch.Tensor | None = None) -> torch.Tensor:
         """first_BT: the first window that each token sees, where that is not 0 (the ablation `mask = "last"`)."""
         if first_BT is None:
-            heard = kernels.masked_cross_attention(self.queries(x_BTD, number_BT), k_BHLK, v_BHLK, kv_len_BT)
+            k, v = (F.pad(x, (0, 0, self.null_key, 0)) if self.null_key else x for x in (k_BHLK, v_BHLK))
+            heard = kernels.masked_cross_attention(self.queries(x_BTD, number_BT), k, v, kv_len_BT + self.null_key)
         else:
             heard = self.attention(x_BTD, k_BHLK, kv_len_BT, number_BT, first_BT).to(v_BHLK.dtype) @ v_BHLK
         heard = rearrange(heard, "b h t k -> b t (h k)")
@@ -108,4 +108,5 @@ class GatedCrossAttention(nn.Module):
         hidden = slot_L >= kv_len_BT[:, None, :, None]
         if first_BT is not None:
             hidden = hidden | (slot_L < first_BT[:, None, :, None])
-        return scores.masked_fill(hidden, float("-inf")).softmax(-1).nan_to_num(0.0)
+        scores = F.pad(scores.masked_fill(hidden, float("-inf")), (self.null_key, 0))
+        return scores.softmax(-1)[..., self.null_key:].nan_to_num(0.0)
