@@ -28,11 +28,11 @@ from .audio import Float32
 from .checkpoint import load_config, write_json, write_tensors
 from .clap import WindowEncoder
 from .cli import UserError
-from .config import PRESETS, Config
+from .config import Config
 from .flamingo import AudioFlamingo
 from .pretrained_clap import load_clap
-from .pretrained_files import Entry, check_table, open_file, parameters_on_meta, read_table, seems
-from .pretrained_lm import OPT_TABLE, expand, lm_config, lm_state, read_config, shapes_of
+from .pretrained_files import Entry, check_table, expand, open_file, parameters_on_meta, read_table, seems, shapes_of
+from .pretrained_lm import OPT_TABLE, lm_config, lm_state, read_config
 from .pretrained_text import PublishedTokenizer, published_tokenizer
 from .representation import Representation, sinusoid_table
 from .xattn import GatedCrossAttention
@@ -93,9 +93,8 @@ def released_state(path: Path, config: Config, dtype: torch.dtype = torch.float3
     entries = open_released(path)
     with torch.device("meta"):
         model = AudioFlamingo(config)
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()
-              if name.startswith(("representation.", "xattn.", "lm."))}
-    table = expand(TABLE, shapes, max(config.lm.layers, config.representation.layers))
+    shapes = {name: shape for name, shape in shapes_of(model).items() if name.startswith(("representation.", "xattn.", "lm."))}
+    table = expand(TABLE, shapes)
     check_table(entries, table, shapes, str(path), f"Audio Flamingo of {config.lm.layers} layers",
                 ignore=lambda name: name == POSITIONS or bool(DUPLICATE.match(name)))
     rows = config.representation.max_audios * config.audio.max_windows
@@ -109,8 +108,8 @@ def released_state(path: Path, config: Config, dtype: torch.dtype = torch.float3
 
 
 def add_tokens(state: dict[str, Tensor], tokenizer: PublishedTokenizer, rows: int, seed: int) -> None:
-    """Give the LM's embedding (and an untied head) `rows` rows, in place. A new special token's is the mean of those that are there,
-    <|endofchunk|>'s that of the end of text, with a little noise: to a frozen language model equal rows would be one token."""
+    """Give the LM's embedding (and an untied head) `rows` rows, in place. A new special token starts as the mean of what is there,
+    <|endofchunk|> as the end of text, with a little noise: to a frozen language model equal rows would be one token."""
     random = torch.Generator().manual_seed(seed)
     for name in ("embed.weight", "head.weight"):
         if name in state:

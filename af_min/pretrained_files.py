@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import struct
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
@@ -130,7 +131,7 @@ def seems(names: Iterable[str]) -> str:
     """What a file with these tensor names seems to be: the second half of many an error message."""
     names = set(names)
     for what, mark in (("a released Audio Flamingo checkpoint", "gated_cross_attn_layer"),
-                       ("a CLAP checkpoint", "htsat"), ("a CLAP checkpoint", "audio_encoder.base"),
+                       ("a CLAP checkpoint", "htsat"), ("the CNN14 of MS-CLAP 2022", "base.conv_block1"), ("a CLAP checkpoint", "audio_encoder.base"),
                        ("an OPT language model", "decoder.embed_positions"),
                        ("a Llama or Qwen2 language model", "self_attn.q_proj"),
                        ("a run of this project", "representation.layers"),
@@ -138,6 +139,20 @@ def seems(names: Iterable[str]) -> str:
         if any(mark in name for name in names):
             return "it seems to be " + what
     return f"it holds {len(names)} tensors, such as {', '.join(sorted(names)[:3]) or 'none'}"
+
+
+def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+
+
+def expand(table: dict[str, str], ours: Iterable[str]) -> dict[str, str]:
+    """{our name: name in the file}: the table written out for those of our names that fit one of its rows. In a row {p} stands for
+    the last part of a name (weight, bias, a statistic), any other letter for a number."""
+    found = {}
+    for mine, theirs in table.items():
+        pattern = re.sub(r"\\{(\w)\\}", lambda m: rf"(?P<{m[1]}>{'[a-z_]+' if m[1] == 'p' else '[0-9]+'})", re.escape(mine))
+        found |= {name: theirs.format(**match.groupdict()) for name in ours if (match := re.fullmatch(pattern, name))}
+    return found
 
 
 def check_table(entries: dict[str, Entry], table: dict[str, str], shapes: dict[str, tuple[int, ...]], where: str, wanted: str,

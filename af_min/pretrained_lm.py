@@ -17,7 +17,8 @@ from torch import Tensor
 from .cli import UserError
 from .config import LMConfig
 from .lm import LM
-from .pretrained_files import Entry, check_table, open_file, read_table
+from .pretrained_files import Entry, check_table, expand, open_file, read_table, shapes_of
+from .pretrained_text import read_json
 
 # Our name -> the name in the file. {i} stands for the layer, {p} for weight and bias.
 OPT_TABLE = {
@@ -55,16 +56,6 @@ BUFFERS = ("rotary_emb.inv_freq", "decoder.version")       # in old files; compu
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
-def shapes_of(module: torch.nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-
-
-def expand(table: dict[str, str], ours: dict[str, tuple[int, ...]], layers: int) -> dict[str, str]:
-    """The table with {i} and {p} written out, cut to the names that the model has (biases and heads are settings)."""
-    rows = ((a.format(i=i, p=p), b.format(i=i, p=p)) for a, b in table.items() for i in range(layers) for p in ("weight", "bias"))
-    return {a: b for a, b in rows if a in ours}
-
-
 def load_lm(folder: Path, dtype: torch.dtype = torch.float32) -> LM:
     """The language model of a Hugging Face folder, in evaluation mode."""
     config, state = lm_state(folder, dtype)
@@ -90,7 +81,7 @@ def lm_state(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[LMConfig
             config = dataclasses.replace(config, tied_head=False)
     with torch.device("meta"):
         shapes = shapes_of(LM(config))
-    table = expand(TABLES[values["model_type"]], shapes, config.layers)
+    table = expand(TABLES[values["model_type"]], shapes)
     check_table(entries, table, shapes, str(folder), f"a {values['model_type']} model of {config.layers} layers",
                 ignore=lambda name: name.endswith(BUFFERS))
     return config, read_table(entries, table, dtype)
@@ -100,11 +91,8 @@ def read_config(folder: Path) -> dict:
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"{folder}: no config.json; expected the folder of a Hugging Face language model")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
-    family = values.get("model_type") if isinstance(values, dict) else None
+    values = read_json(path)
+    family = values.get("model_type")
     if family not in TABLES:
         raise UserError(f"{path}: model_type is {family!r}; supported are {', '.join(TABLES)}")
     return values

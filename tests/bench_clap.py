@@ -21,7 +21,8 @@ import torch.nn.functional as F
 
 from af_min.clap import WindowEncoder
 from af_min.config import AF1, TINY
-from af_min.pretrained_clap import IMAGINARY, REAL, _theirs, load_clap
+from af_min.pretrained_clap import IMAGINARY, REAL, TABLE, load_clap
+from af_min.pretrained_files import expand
 
 INSTALL = "pip install --no-deps msclap torchlibrosa"
 GOLDEN = Path(__file__).parent / "golden" / "clap.npz"
@@ -58,11 +59,11 @@ def published_encoder(modules):
 
 def random_checkpoint(encoder: WindowEncoder, seed: int = 0) -> dict[str, torch.Tensor]:
     """Published names -> random weights, norms and statistics, drawn key by key: nothing stays at 0 or 1."""
-    made = {}
+    made, table = {}, expand(TABLE, encoder.state_dict())
     for name, value in encoder.state_dict().items():
         if name.startswith("log_mel"):
             continue
-        key, rng = _theirs(name), np.random.default_rng([seed, zlib.crc32(name.encode())])
+        key, rng = table[name], np.random.default_rng([seed, zlib.crc32(name.encode())])
         x = rng.standard_normal(value.shape, dtype=np.float32) if value.is_floating_point() else np.array(7)
         if key.endswith("running_mean"):
             x = 5 * x - 30

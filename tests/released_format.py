@@ -28,7 +28,7 @@ def write_checkpoint(path: Path, config: Config) -> None:
         shapes = {name: tuple(p.shape) for name, p in AudioFlamingo(config).state_dict().items()
                   if name.startswith(("representation.", "xattn.", "lm."))}
     state = {}
-    for ours, theirs in expand(TABLE, shapes, max(config.lm.layers, config.representation.layers)).items():
+    for ours, theirs in expand(TABLE, shapes).items():
         norm = "norm.weight" in ours
         state[theirs] = torch.full(shapes[ours], 0.3) if "gate" in ours else torch.empty(shapes[ours]).normal_(float(norm), 0.02)
     for name in list(state):

@@ -11,7 +11,7 @@ from af_min import audio, synth
 from af_min.clap import SwinBlock, TextTower, WindowEncoder, contrastive_loss
 from af_min.cli import UserError
 from af_min.config import AF1, TINY
-from af_min.pretrained_clap import IMAGINARY, REAL, load_clap, read_checkpoint
+from af_min.pretrained_clap import IMAGINARY, REAL, load_clap
 from bench_clap import GOLDEN, INSTALL, excerpt, peer, published_encoder, published_stages, random_checkpoint, stages, stft_kernels, waves
 
 SMALL = dataclasses.replace(TINY.clap, image_size=32, width=8, depths=(2, 1), heads=(2, 2), out_width=16, text_width=16, text_heads=2)
@@ -297,35 +297,34 @@ def test_missing_unexpected_and_misshapen_weights_are_named(tmp_path):
     weights = random_checkpoint(encoder)
     before = {name: value.clone() for name, value in encoder.state_dict().items()}
     fewer = {key: value for key, value in weights.items() if key != "base.htsat.norm.bias"}
-    wrong(save(tmp_path / "a.pth", fewer), encoder, "1 weights are missing", "clap.base.htsat.norm.bias")
+    wrong(save(tmp_path / "a.pth", fewer), encoder, "'clap.base.htsat.norm.bias' is missing", "(2, 1) blocks of width 8")
     more = weights | {"base.htsat.layers.7.blocks.0.norm1.weight": torch.zeros(3)}
-    wrong(save(tmp_path / "b.pth", more), encoder, "1 weights do not fit", "layers.7.blocks.0.norm1.weight")
+    wrong(save(tmp_path / "b.pth", more), encoder, "layers.7.blocks.0.norm1.weight' is unexpected")
     other = weights | {"base.htsat.norm.bias": torch.zeros(99)}
-    wrong(save(tmp_path / "c.pth", other), encoder, "found shape (99,)", "expected (16,)", "preset af1")
+    wrong(save(tmp_path / "c.pth", other), encoder, "has shape (99,), expected (16,)", "preset af1")
     assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items()), "a refused file must change nothing"
 
 
 def test_wrong_files_are_named(tmp_path):
     encoder = small_encoder()
-    wrong(tmp_path / "no.pth", encoder, "there is no such file")
+    wrong(tmp_path / "no.pth", encoder, "no such file")
     (tmp_path / "text.pth").write_text("hello")
-    wrong(tmp_path / "text.pth", encoder, "not a checkpoint, or cut off", "expected an MS-CLAP 2023")
+    wrong(tmp_path / "text.pth", encoder, "cannot read it", "expected a complete file of torch.save")
     (tmp_path / "empty.pth").touch()
-    wrong(tmp_path / "empty.pth", encoder, "not a checkpoint, or cut off")
+    wrong(tmp_path / "empty.pth", encoder, "cannot read it")
     (tmp_path / "text.safetensors").write_text("hello, this is not it")
-    wrong(tmp_path / "text.safetensors", encoder, "not a checkpoint, or cut off")
+    wrong(tmp_path / "text.safetensors", encoder, "not a safetensors file")
     content = save(tmp_path / "whole.pth", random_checkpoint(encoder)).read_bytes()
     (tmp_path / "cut.pth").write_bytes(content[:len(content) // 2])
-    wrong(tmp_path / "cut.pth", encoder, "not a checkpoint, or cut off")
+    wrong(tmp_path / "cut.pth", encoder, "cannot read it")
     torch.save([1, 2], tmp_path / "list.pth")
-    wrong(tmp_path / "list.pth", encoder, "found a list")
+    wrong(tmp_path / "list.pth", encoder, "holds no tensors")
     torch.save({"model.decoder.embed_tokens.weight": torch.zeros(2)}, tmp_path / "opt.pth")
-    wrong(tmp_path / "opt.pth", encoder, "found 1 weights (model.decoder.embed_tokens.weight)")
+    wrong(tmp_path / "opt.pth", encoder, "ClapCap or MS-CLAP 2023", "such as model.decoder.embed_tokens.weight")
     torch.save({"model": {"audio_encoder.base.conv_block1.conv1.weight": torch.zeros(2)}}, tmp_path / "cnn.pth")
     wrong(tmp_path / "cnn.pth", encoder, "CNN14 of MS-CLAP 2022")
 
 
 def test_nothing_is_unpickled_but_tensors(tmp_path):
     torch.save({"model": {"x": types.SimpleNamespace(a=1)}}, tmp_path / "evil.pth")
-    with pytest.raises(UserError, match="not a checkpoint"):
-        read_checkpoint(tmp_path / "evil.pth")
+    wrong(tmp_path / "evil.pth", small_encoder(), "cannot read it")

@@ -216,7 +216,7 @@ def weight(name, shape):
 def test_logits_are_the_stored_ones_of_transformers(family):
     lm = LM(lm_config(STORED_CONFIGS[family], family)).eval()
     shapes = shapes_of(lm)
-    table = expand(TABLES[family], shapes, 2)
+    table = expand(TABLES[family], shapes)
     lm.load_state_dict({ours: weight(theirs, shapes[ours]) for ours, theirs in table.items()})
     ids, mask = padded(some_ids(), [12, 5, 9], "left")
     expected = load_file(STORED)[family]

@@ -32,7 +32,7 @@ def state_of(values, seed=0):
     """Random weights under the published names, and our model that holds the same."""
     torch.manual_seed(seed)
     lm = LM(lm_config(values, "test")).eval()
-    table = expand(WRITTEN[values["model_type"]], shapes_of(lm), lm.config.layers)
+    table = expand(WRITTEN[values["model_type"]], shapes_of(lm))
     return {theirs: lm.state_dict()[ours].clone() for ours, theirs in table.items()}, lm
 
 
@@ -108,7 +108,7 @@ def test_old_and_new_spellings_of_rope(spelling):
 def test_target_dtypes(llama, dtype):
     folder, state, _ = llama
     lm = load_lm(folder, dtype)
-    assert all(torch.equal(p, state[expand(LLAMA_TABLE, shapes_of(lm), 2)[n]].to(dtype)) for n, p in lm.named_parameters())
+    assert all(torch.equal(p, state[expand(LLAMA_TABLE, shapes_of(lm))[n]].to(dtype)) for n, p in lm.named_parameters())
 
 
 def test_parameters_on_meta_keeps_buffers():
@@ -207,7 +207,7 @@ def test_loading_holds_the_target_and_one_tensor(tmp_path):
               "num_key_value_heads": 8}
     with torch.device("meta"):
         lm = LM(lm_config(values, "test"))
-    table = expand(LLAMA_TABLE, shapes_of(lm), 24)
+    table = expand(LLAMA_TABLE, shapes_of(lm))
     write_folder(tmp_path / "x", values, {theirs: torch.zeros(shapes_of(lm)[ours]) for ours, theirs in table.items()})
     code = ("import resource, torch\nfrom af_min.pretrained_lm import load_lm\n"
             "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
