@@ -83,5 +83,6 @@ def _stft_window(real: Tensor, imaginary: Tensor, path) -> Tensor:
     angle = 2 * torch.pi * (k * n % n_fft).double() / n_fft
     error = max((real[:, 0] - window * angle.cos()).abs().max(), (imaginary[:, 0] + window * angle.sin()).abs().max())
     if not error < 1e-4:
-        raise UserError(f"{path}: {REAL}: found kernels that differ from a windowed Fourier transform by {error:.1e}, expected below 1e-4")
+        raise UserError(f"{path}: {REAL}: found kernels that differ from a windowed Fourier transform by {error:.1e}, "
+                        "expected below 1e-4")
     return window.float()

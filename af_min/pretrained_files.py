@@ -131,7 +131,8 @@ def seems(names: Iterable[str]) -> str:
     """What a file with these tensor names seems to be: the second half of many an error message."""
     names = set(names)
     for what, mark in (("a released Audio Flamingo checkpoint", "gated_cross_attn_layer"),
-                       ("a CLAP checkpoint", "htsat"), ("the CNN14 of MS-CLAP 2022", "base.conv_block1"), ("a CLAP checkpoint", "audio_encoder.base"),
+                       ("a CLAP checkpoint", "htsat"), ("the CNN14 of MS-CLAP 2022", "base.conv_block1"),
+                       ("a CLAP checkpoint", "audio_encoder.base"),
                        ("an OPT language model", "decoder.embed_positions"),
                        ("a Llama or Qwen2 language model", "self_attn.q_proj"),
                        ("a run of this project", "representation.layers"),
