@@ -52,7 +52,9 @@ class World:
         else:
             torch.set_num_threads(max(1, int(os.environ["OMP_NUM_THREADS"])))
         if size > 1:
-            dist.init_process_group("nccl" if cuda else "gloo")
+            # torchrun keeps its store when it starts the processes anew, with the addresses of the dead: each attempt has its own part.
+            store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", next(dist.rendezvous("env://"))[0])
+            dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=size)
         return cls(rank, size, device)
 
     def sum_gradients(self, parameters: list[nn.Parameter]) -> None:

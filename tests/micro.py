@@ -2,7 +2,7 @@
 
     python tests/micro.py [--double] [--die-at STAGE:STEP] FLAGS OF TRAIN.PY
 
---die-at kills it with SIGKILL before that step, --double computes in float64.
+--die-at kills it (of several processes the last) with SIGKILL before that step, --double computes in float64.
 
 `micro-still` is `micro` without dropout: what is dropped depends on how a batch is shared out.
 """
@@ -45,7 +45,8 @@ def die_before(train, stage: str, step: int) -> None:
     rate = engine.rate
 
     def deadly_rate(now, settings):
-        if settings == train.STAGES["micro"][stage] and now == step and not int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+        last, first_attempt = int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+        if settings == train.STAGES["micro"][stage] and now == step and last and first_attempt:
             os.kill(os.getpid(), signal.SIGKILL)
         return rate(now, settings)
     engine.rate = deadly_rate
