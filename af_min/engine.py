@@ -58,7 +58,11 @@ class World:
         return cls(rank, size, device)
 
     def sum_gradients(self, parameters: list[nn.Parameter]) -> None:
-        """Add up gradients over processes, in one message; a parameter that took no part counts as 0."""
+        """Add up gradients over processes, in one message; a parameter that took no part counts as 0.
+
+        DistributedDataParallel gives the same gradients, bit for bit, and took 1.02 times as long for forward, backward and sum: 156 ms
+        against 153 (tiny, sft, four parts, two gloo processes on two cores; median of 57 pairs of steps). Not measured on GPUs.
+        """
         if self.size == 1:
             return
         flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in parameters])
