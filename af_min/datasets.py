@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from . import folder, manifest, readers
 from .cli import UserError
-from .download import File, fetch, is_archive, need_space, unpack, verify
+from .download import File, WrongChecksum, fetch, is_archive, need_space, unpack, verify
 
 ASK_PAGE = "see the data set's page"
 
@@ -174,7 +174,9 @@ def prepare(name: str, out, source: str = "", mirror: str = "", limit: int = 0, 
     if source and not Path(source).is_dir():
         raise UserError(f"--source {source}: there is no such folder")
     try:
-        archives = _gather(entry, work, source, mirror, progress)
+        archives, published = _gather(entry, work, source, mirror, progress)
+        facts = {"source": entry.page, "licence": entry.licence, "cite": entry.cite} if published else {
+            "source": f"recordings of {Path(source).resolve().name}, laid out as {name}", "licence": "its owner's"}
         for archive in archives:
             unpack(archive, work / "unpacked")
         found = readers.Source([*filter(None, [source]), work], report)
@@ -184,21 +186,28 @@ def prepare(name: str, out, source: str = "", mirror: str = "", limit: int = 0, 
         if limit:
             entries = _limited(entries, limit, seed)
         return folder.write_dataset(
-            out, entries, found.paths, report, sample_rate, where=source or str(work), seed=seed, **shares, source=entry.page,
-            progress=lambda names: progress(names, "recordings"), licence=entry.licence, cite=entry.cite)
+            out, entries, found.paths, report, sample_rate, where=source or str(work), seed=seed, **shares, **facts,
+            progress=lambda names: progress(names, "recordings"))
     finally:
         shutil.rmtree(work / "unpacked", ignore_errors=True)
 
 
-def _gather(entry: DataSet, work: Path, source: str, mirror: str, progress: Callable) -> list[Path]:
-    """The set's files in `source` (verified) or `work` (fetched); returns the archives to unpack."""
+def _gather(entry: DataSet, work: Path, source: str, mirror: str, progress: Callable) -> tuple[list[Path], bool]:
+    """The set's files in `source` (verified) or `work` (fetched) -> the archives to unpack, whether its tables are the published."""
     shutil.rmtree(work / "unpacked", ignore_errors=True)
     work.mkdir(parents=True, exist_ok=True)
     held = {path.name: path for path in sorted(Path(source).rglob("*")) if path.is_file()} if source else {}
     here = [file for file in entry.files if file.name in held]
     missing = [file for file in entry.files if file.name not in held and not (source and file.packed)]
+    published = True
     for file in here:
-        verify(held[file.name], file.checksum)
+        try:
+            verify(held[file.name], file.checksum)
+        except WrongChecksum:
+            if file.packed:
+                raise
+            published = False
+            print(f"{held[file.name]}: not the published table (checksum), but one of your own: read all the same")
     absent = [file for file in missing if not (work / file.name).exists()]
     if absent and not entry.bring:                     # the archives, what they hold, and the recordings made of it
         need_space(work, 3e9 * entry.gigabytes * len(absent) / len(entry.files), "this data set")
@@ -208,7 +217,7 @@ def _gather(entry: DataSet, work: Path, source: str, mirror: str, progress: Call
         listed = [File(line[0], line[2]) for line in lines if len(line) > 2 and line[0].endswith(".wav")]
         for file in progress(listed, "files"):
             fetch(file, work, mirror, quiet=True)
-    return [path for path in paths if is_archive(path.name)]
+    return [path for path in paths if is_archive(path.name)], published
 
 
 def _resolved(name: str, entries: Iterator[dict], found: readers.Source) -> list[dict]:

@@ -11,7 +11,8 @@ import soundfile
 
 import prepare_data
 import published
-from af_min import audio, data, datasets, download, manifest
+import real_sounds
+from af_min import audio, data, datasets, download, evaluate, manifest, retrieval
 from af_min.cli import UserError
 from af_min.folder import import_folder
 from local_server import serve, split_zip
@@ -218,6 +219,29 @@ def test_mistakes_and_what_to_do(home, monkeypatch, capsys):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10 ** 9}))
     monkeypatch.setitem(datasets.TABLE, "gtzan", dataclasses.replace(datasets.TABLE["gtzan"], gigabytes=1.2))
     assert "needs 3.60 GB" in says("--dataset", "gtzan")
+
+
+def test_a_folder_of_ones_own_in_clothos_layout_is_trained_on_and_scored_with_shots(home, trained, capsys):
+    """README's walk on real recordings, with noises under the packages' names and a micro model."""
+    names = [f"{start}_{n}.flac" for start in ("bd", "tabla", "guit") for n in range(6)] + ["glitch_robot1.flac", "unknown.flac", "sneaky.oga"]
+    for seed, name in enumerate(names):
+        (home / "packages/usr").mkdir(parents=True, exist_ok=True)
+        (home / "packages/usr" / name).write_bytes(published.wav(seed, RATE, 1, "FLAC"))
+    real_sounds.main(home / "packages", home / "sounds")
+    assert "left out: sneaky.oga, unknown.flac" in capsys.readouterr().out
+    assert real_sounds.caption("glitch_robot1.flac")[0] == "a robot speaks" and real_sounds.caption("sneaky.oga") is None
+    assert all(len(set(captions)) == 5 for captions in real_sounds.BY_NAME.values())
+    code, out, _ = command(capsys, "--dataset", "clotho", "--source", "sounds", "--out", "data/real", "--sample-rate", RATE)
+    assert code == 0 and out.count("not the published table (checksum)") == 3
+    assert manifest.read_card("data/real")["licence"] == "its owner's" and manifest.check("data/real") == []
+    assert [len(manifest.read_rows(f"data/real/{split}.jsonl")) for split in manifest.SPLITS] == [13, 2, 4]
+    assert all(row["answers"] == real_sounds.caption(row["file"].split("/")[1]) for row in rows_of(home / "data/real"))
+    run_main(retrieval, home, ["--run", trained[0], "--data", "data/real", "--shots", 4])
+    run_main(TRAIN, home, ["--preset", "micro", "--stage", "sft", "--init", trained[0], "--data", "data/real", "--name", "real", "--steps", 2,
+                           "--no-evaluate"])
+    run_main(evaluate, home, ["--run", "runs/real", "--dataset", "real", "--shots", 0, 4, "--max-new", 8])
+    results = json.loads((home / "runs/real/scores-real.json").read_text())
+    assert {(r["shots"], r["items"], r["references"]) for r in results} == {("0", 4, 5.0), ("4 nearest", 4, 5.0)}
 
 
 @pytest.mark.parametrize("name, table, content, words", [
