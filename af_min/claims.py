@@ -1,4 +1,9 @@
-"""The paper's claims, measured on a family of small models: `python -m af_min.evaluate --claims` (about an hour on two idle cores).
+"""The paper's claims, measured on a family of small models.
+
+    OMP_NUM_THREADS=1 python -m af_min.evaluate --claims               about an hour on one core
+
+The table stands in runs/claims/claims.txt from the first finished model on. What is finished is not trained again when the command
+is given again, what was interrupted goes on.
 
 Per seed one window encoder and one language model (stages clap, lm), and from there, on everything but dialogues:
 
@@ -8,21 +13,19 @@ Per seed one window encoder and one language model (stages clap, lm), and from t
     straight       sft alone, for as many steps as both stages          does the pre-training stage help?
     chat           windows, then sft on the dialogues                   does dialogue fine-tuning make a chat model?
 
-and `windows` is asked with 0 to 8 shots, nearest or random. A table gives mean and [lowest, highest] over the seeds; "above" means
+and `windows` is asked with 0 to 8 shots, nearest or random. The table gives mean and [lowest, highest] over the seeds; "above" means
 that every seed of the one scores higher than every seed of the other, else no difference was found. With few steps and small
 models a missing difference says little about the paper's, and one that is found holds for this data set.
-
-Every model is a run folder below runs/claims: finished ones are not trained again, interrupted ones go on.
 """
 from __future__ import annotations
 
-import dataclasses
-import json
 import os
 import shutil
 import subprocess
 import sys
 import time
+from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,9 +54,9 @@ CLAIMS = [  # claim, {label: (model, measure)}; the first label is what the othe
 @dataclass(frozen=True)
 class Args:
     claims: bool = flag(True, "this table")
-    data: str = flag("data/scenes", "the embedded data set, prepared")
+    data: str = flag("data/scenes", "the embedded data set; made if it is missing")
     seeds: int = flag(3, "models of each kind")
-    steps: list[int] = flag([300, 350, 200, 600, 200], "steps of clap, lm, pretrain, sft, chat", nargs=5)
+    steps: list[int] = flag([400, 900, 150, 900, 200], "steps of clap, lm, pretrain, sft, chat; all else as in the preset", nargs=5)
     preset: str = flag("tiny", "dimensions and settings of train.py")
     items: int = flag(200, "items of each task (0: all)")
     out: str = flag("claims", "everything is written to runs/OUT")
@@ -65,14 +68,13 @@ class Args:
 def view(source: Path, target: Path, dialogues: bool, embeddings: Path) -> Path:
     """A data set of the source's recordings with its training rows that are dialogues, or are not. Embeddings are shared."""
     if not (target / manifest.CARD).exists():
-        target.mkdir(parents=True, exist_ok=True)
-        embeddings.mkdir(parents=True, exist_ok=True)
+        for folder in (target, embeddings):
+            folder.mkdir(parents=True, exist_ok=True)
         for original in (source / "audio", source / "val.jsonl", source / "test.jsonl", embeddings):
             (target / original.name).unlink(missing_ok=True)
             os.symlink(original.resolve(), target / original.name)
-        rows = manifest.read_rows(source / "train.jsonl")
-        rows = [row for row in rows if row["task"] == "WindowText" or ("turns" in row) == dialogues]
-        manifest.write_rows(target / "train.jsonl", rows)
+        manifest.write_rows(target / "train.jsonl", (row for row in manifest.read_rows(source / "train.jsonl")
+                                                     if row["task"] == "WindowText" or ("turns" in row) == dialogues))
         shutil.copy(source / manifest.CARD, target / manifest.CARD)
     return target
 
@@ -89,40 +91,38 @@ def train(args: Args, name: str, stage: str, steps: int, seed: int, folder: Path
     print(f"{name}: {steps} steps of {stage}", flush=True)
     if subprocess.run(command).returncode:
         raise UserError(f"runs/{args.out}/{name}: training failed (see above); the command goes on there when it is given again")
-    shutil.rmtree(run / "checkpoint", ignore_errors=True)
+    for checkpoints in run.glob("checkpoint*"):
+        shutil.rmtree(checkpoints)
     return name
 
 
-def changed(args: Args, start: str, name: str, **settings) -> str:
+def changed(args: Args, start: str, name: str, mask: str = "block", pool_windows: bool = False) -> str:
     """A copy of a run under another configuration with the same weights."""
     source, run = (Path("runs") / args.out / n for n in (start, name))
     if not (run / "model.safetensors").exists():
-        config = checkpoint.load_config(source)
-        mask = settings.pop("mask", config.xattn.mask)
-        config = dataclasses.replace(config, xattn=dataclasses.replace(config.xattn, mask=mask), **settings)
         run.mkdir(parents=True, exist_ok=True)
+        values = checkpoint.read_json(source / "config.json")
+        values["model"]["pool_windows"], values["model"]["xattn"]["mask"] = pool_windows, mask
+        checkpoint.write_json(run / "config.json", values)
         shutil.copy(source / "tokenizer.model", run)
-        values = json.loads((source / "config.json").read_text())
-        checkpoint.write_json(run / "config.json", {**values, "model": dataclasses.asdict(config)})
         shutil.copy(source / "model.safetensors", run / "partial")
         os.replace(run / "partial", run / "model.safetensors")
     return name
 
 
-def family(args: Args, seed: int, single: Path, dialogues: Path) -> dict[str, str]:
-    """Train what is missing of one seed's models -> {model: run}."""
+def family(args: Args, seed: int, single: Path, dialogues: Path) -> Iterator[tuple[str, str]]:
+    """(model, its run) of one seed, each when it is trained."""
     clap, lm, pretrain, sft, chat = args.steps
 
     def go(name, stage, steps, start="", folder=single):
         return train(args, f"{seed}-{name}", stage, steps, seed, folder, start)
 
     base = go("lm", "lm", lm, go("clap", "clap", clap))
-    starts = {"windows": base, "pooled": changed(args, base, f"{seed}-pooled-start", pool_windows=True),
-              **{mask: changed(args, base, f"{seed}-{mask}-start", mask=mask) for mask in ("last", "full")}}
-    models = {name: go(name, "sft", sft, go(f"{name}-pretrain", "pretrain", pretrain, start)) for name, start in starts.items()}
-    models["straight"] = go("straight", "sft", pretrain + sft, base)
-    models["chat"] = go("chat", "sft", chat, models["windows"], dialogues)
-    return models
+    for name, settings in {"windows": {}, "pooled": {"pool_windows": True}, "last": {"mask": "last"}, "full": {"mask": "full"}}.items():
+        start = changed(args, base, f"{seed}-{name}-start", **settings) if settings else base
+        yield name, go(name, "sft", sft, go(f"{name}-pretrain", "pretrain", pretrain, start))
+    yield "straight", go("straight", "sft", pretrain + sft, base)
+    yield "chat", go("chat", "sft", chat, f"{seed}-windows", dialogues)
 
 
 # ---------------------------------------------------------------------- scoring
@@ -130,39 +130,46 @@ def family(args: Args, seed: int, single: Path, dialogues: Path) -> dict[str, st
 def measured(args: Args, run: Path, folder: Path, wanted: set[str]) -> dict[str, float]:
     """The wanted measures of a run, from its claims.json where they stand for these items."""
     path = run / "claims.json"
-    found = json.loads(path.read_text()) if path.exists() else {}
+    found = checkpoint.read_json(path) if path.exists() else {}
     found = found["scores"] if found.get("items") == args.items else {}
     if wanted <= set(found):
         return found
     model, tokenizer = checkpoint.load_run(run)
-    tasks = {}
+    tasks = defaultdict(list)
     for row in manifest.read_rows(folder / "test.jsonl"):
-        tasks.setdefault(row["task"], []).append(row)
+        tasks[row["task"]].append(row)
     tasks = {task: scores.some(rows, args.items) for task, rows in tasks.items()}
     store = Store(folder, model.encoder, model.config.audio, model.config.clap.out_width)
     store.add(data.recordings([row for rows in tasks.values() for row in rows]))
-    answerer = Answerer(model, tokenizer, store)
-
-    def right(rows):
-        return scores.accuracy(answerer.answer(rows), [row["answer"] for row in rows])
-
+    answerer, task_of = Answerer(model, tokenizer, store), {name: task for task, name in {**SCENES, **EPISODES}.items()}
     for measure in sorted(wanted - set(found)):
-        task = {name: task for task, name in {**SCENES, **EPISODES}.items()}.get(measure)
-        if task:
-            found[measure] = right(tasks[task])
-        elif measure == "dialogue":
-            said = list(scores.dialogue_items(tasks["Dialogue"], answerer))
-            found[measure] = scores.accuracy([row["answer"] for row, _ in said], [truth for _, truth in said])
+        if measure == "dialogue":
+            said = [(row["answer"], truth) for row, truth in scores.dialogue_items(tasks["Dialogue"], answerer)]
         else:
-            k, choice = measure.split()
-            found[measure] = right(scores.with_pool_shots(tasks["Pool"], store, choice if int(k) else "random", int(k)))
+            k, _, choice = measure.partition(" ")
+            rows = tasks[task_of[measure]] if measure in task_of else \
+                scores.with_pool_shots(tasks["Pool"], store, choice if k != "0" else "random", int(k))
+            said = zip(answerer.answer(rows), (row["answer"] for row in rows))
+        found[measure] = scores.accuracy(*zip(*said))
     checkpoint.write_json(path, {"items": args.items, "scores": found})
     return found
+
+
+def comparisons(found: dict[str, list[dict]]) -> list[tuple[str, str, dict[str, list[float]]]]:
+    """(claim, name, {label: a score of each seed}) of the claims whose models are there, over the seeds that all of them have."""
+    results = []
+    for claim, name, cells in CLAIMS:
+        if seeds := min(len(found.get(model, [])) for model, _ in cells.values()):
+            results.append((claim, name, {label: [scored[measure] for scored in found[model][:seeds]]
+                                          for label, (model, measure) in cells.items()}))
+    return results
 
 
 def verdict(values: dict[str, list[float]]) -> str:
     """The first label against each other one: `above` if the ranges over seeds do not meet."""
     first, *others = values
+    if len(values[first]) == 1:
+        return "one seed: no verdict"
     said = []
     for other in others:
         a, b = values[first], values[other]
@@ -198,19 +205,27 @@ def main() -> None:
     args, started = cli.parse(Args, description=__doc__), time.time()
     cli.at_least(args, seeds=1, items=0)
     source, home = Path(args.data), Path("runs") / args.out
-    manifest.read_card(source)
+    if source == Path("data/scenes") and not (source / manifest.CARD).exists():
+        subprocess.run([sys.executable, Path(__file__).parents[1] / "prepare_data.py"], check=True)
+    settings = {"steps": args.steps, "preset": args.preset, "data": manifest.read_card(source)["sha256"]}
     if not any(r["task"] == "Pool" for r in manifest.read_rows(source / "test.jsonl")):
         raise UserError(f"--data {source}: the claims are measured on the embedded data set (python prepare_data.py)")
+    home.mkdir(parents=True, exist_ok=True)
+    if (home / "settings.json").exists() and checkpoint.read_json(home / "settings.json") != settings:
+        raise UserError(f"{home}: holds models of other steps, of another preset or of other data; give another --out, or remove it")
+    checkpoint.write_json(home / "settings.json", settings)
     single = view(source, home / "single", False, home / "embeddings")
     dialogues = view(source, home / "dialogues", True, home / "embeddings")
-    found: dict[str, list[dict]] = {}
+    found: dict[str, list[dict]] = defaultdict(list)
     for seed in range(args.seeds):
-        for model, run in family(args, seed, single, dialogues).items():
+        for model, run in family(args, seed, single, dialogues):
             wanted = {measure for _, _, cells in CLAIMS for name, measure in cells.values() if name == model}
-            found.setdefault(model, []).append(measured(args, home / run, single, wanted))
-    results = [(claim, name, {label: [scored[measure] for scored in found[model]] for label, (model, measure) in cells.items()})
-               for claim, name, cells in CLAIMS]
-    print("\n".join(row(*result) for result in results))
-    draw(home / "claims.png", results)
+            found[model].append(measured(args, home / run, single, wanted))
+            table = "\n".join(row(*result) for result in comparisons(found))
+            (home / "claims.txt.partial").write_text(table + "\n")
+            os.replace(home / "claims.txt.partial", home / "claims.txt")
+            print(f"{home / run}: {found[model][-1]}; {home}/claims.txt, {time.time() - started:.0f} s", flush=True)
+    print(table)
+    draw(home / "claims.png", comparisons(found))
     print(f"{args.seeds} seeds, steps {args.steps}, {args.items or 'all'} items a task, greedy decoding, "
           f"{time.time() - started:.0f} s; {home}/claims.png")

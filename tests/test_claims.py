@@ -58,7 +58,15 @@ def test_a_difference_is_claimed_only_where_no_seed_contradicts_it():
     assert claims.verdict({"a": [0.5, 0.6, 0.7], "b": [0.1, 0.4, 0.2]}) == "a above b"
     assert claims.verdict({"a": [0.1, 0.2, 0.3], "b": [0.4, 0.5, 0.6]}) == "b above a"
     assert claims.verdict({"a": [0.5, 0.6, 0.7], "b": [0.1, 0.5, 0.2]}) == "no difference found between a and b"
-    assert claims.verdict({"0": [0.1], "1": [0.3], "2": [0.1]}) == "1 above 0; no difference found between 0 and 2"
+    assert claims.verdict({"a": [0.9], "b": [0.1]}) == "one seed: no verdict"
+    assert claims.verdict({"0": [0.1, 0.2], "1": [0.3, 0.4], "2": [0.1, 0.3]}) == "1 above 0; no difference found between 0 and 2"
+
+
+def test_seeds_that_only_one_side_has_are_left_out():
+    found = {"windows": [{"count all": 0.5}, {"count all": 0.6}], "pooled": [{"count all": 0.2}]}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(claims, "CLAIMS", [c for c in claims.CLAIMS if c[:2] in (("sliding windows", "count all"), ("mask", "4 shots, classes seen"))])
+        assert claims.comparisons(found) == [("sliding windows", "count all", {"windows": [0.5], "pooled": [0.2]})]
 
 
 def test_the_table_gives_mean_and_range_over_seeds():
@@ -69,14 +77,34 @@ def test_the_table_gives_mean_and_range_over_seeds():
 @pytest.mark.slow
 def test_a_micro_family_is_trained_scored_and_not_trained_twice(scenes_data, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
     flags = ["--trainer", str(Path(__file__).with_name("micro.py")), "--preset", "micro", "--data", str(scenes_data), "--seeds", "2", "--items", "3",
              "--steps", "2", "2", "2", "2", "2"]
     monkeypatch.setattr(sys, "argv", ["evaluate", "--claims", *flags])
+    real, calls = claims.measured, []
+
+    def killed(*rest):
+        calls.append(rest)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*rest)
+    monkeypatch.setattr(claims, "measured", killed)
+    with pytest.raises(SystemExit):
+        cli.run(claims.main)
+    table = (tmp_path / "runs/claims/claims.txt").read_text()
+    assert "sliding windows" in table and "number of shots" in table and "dialogue" not in table, "windows and pooled are finished"
+    monkeypatch.setattr(claims, "measured", real)
+    capsys.readouterr()
     cli.run(claims.main)
     first = capsys.readouterr().out
     assert first.count("[") >= 2 * 15 and (tmp_path / "runs/claims/claims.png").exists()
+    assert (tmp_path / "runs/claims/claims.txt").read_text().rstrip() in first
     stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs/claims").rglob("model.safetensors")}
     assert len(stamps) == 2 * 15
     cli.run(claims.main)
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
-    assert [line for line in capsys.readouterr().out.splitlines() if "[" in line] == [line for line in first.splitlines() if "[" in line]
+    assert (tmp_path / "runs/claims/claims.txt").read_text() in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["evaluate", "--claims", *flags[:-1], "3"])
+    with pytest.raises(SystemExit):
+        cli.run(claims.main)
+    assert "runs/claims: holds models of other steps" in capsys.readouterr().err
