@@ -20,12 +20,12 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 from . import data, manifest
+from .answering import answer as answer_tokens
 from .audio import count_windows
 from .config import AudioConfig
-from .flamingo import Audio, AudioFlamingo
+from .flamingo import Audio, AudioFlamingo, Sampling
 from .retrieval import Heard, hear
-from .text import Tokenizer, unspeakable, write_sample
-from .xattn import audio_number, visible_windows
+from .text import Tokenizer, write_sample
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
 SMOOTHING = 40                             # steps that a point of the smooth loss curve averages
@@ -35,21 +35,16 @@ SMOOTHING = 40                             # steps that a point of the smooth lo
 
 @torch.no_grad()
 def attention(model: AudioFlamingo, ids: list[int], audio: Audio) -> np.ndarray:
-    """Weights of every text position over all windows of a sample, mean over heads and blocks: (T, L), rows sum to 1."""
-    ids_BT = torch.tensor([ids], device=audio.n_windows_BN.device)
-    number_BT = audio_number(ids_BT, model.config.audio_id)
-    kv_len_BT = visible_windows(number_BT, audio.n_windows_BN)
-    blocks = {int(layer): (block, k, v) for (layer, block), k, v in zip(model.xattn.items(), audio.keys, audio.values)}
+    """Weights of every text position over all windows of a sample, mean over heads and blocks: (T, L).
+
+    Recomputed from what each block is called with, whatever the mask; rows sum to 1, or to less beside a null key.
+    """
     maps = []
-
-    def look(layer: int, x_BTD: torch.Tensor) -> torch.Tensor:
-        if layer not in blocks:
-            return x_BTD
-        block, k, v = blocks[layer]
-        maps.append(block.attention(x_BTD, k, kv_len_BT, number_BT)[0].mean(0))
-        return block(x_BTD, k, v, kv_len_BT, number_BT)
-
-    model.lm(ids_BT, before_layer=look)
+    hooks = [block.register_forward_pre_hook(lambda block, inputs: maps.append(block.attention(*inputs[:2], *inputs[3:])[0].mean(0)))
+             for block in model.xattn.values()]
+    model.hidden(torch.tensor([ids], device=audio.n_windows_BN.device), audio)
+    for hook in hooks:
+        hook.remove()
     return torch.stack(maps).mean(0).cpu().numpy()
 
 
@@ -165,19 +160,13 @@ def draw_losses(axes, log: Path) -> None:
     axes.set_title("How the loss fell", loc="left", fontsize=11, fontweight="bold")
 
 
-def mask_matrix(ids: list[int], n_windows: list[int], audio_id: int) -> np.ndarray:
-    """(L, T) bool: whether the text at position t may look at window l, from the same kv_len that the model uses."""
-    number = audio_number(torch.tensor([ids]), audio_id)
-    kv_len_T = visible_windows(number, torch.tensor([n_windows]))[0].numpy()
-    return np.arange(sum(n_windows))[:, None] < kv_len_T
-
-
-def draw_mask(axes, tokenizer: Tokenizer, ids: list[int], n_windows: list[int], answers: list[str]) -> None:
-    """Windows (rows, audio after audio) x text tokens (columns): the block-triangular mask of one few-shot sample."""
-    visible_LT = mask_matrix(ids, n_windows, tokenizer.audio_id)
-    axes.imshow(visible_LT, aspect="auto", cmap=matplotlib.colors.ListedColormap(["0.9", COLOURS[0]]), interpolation="nearest")
+def draw_mask(axes, model: AudioFlamingo, ids: list[int], audio: Audio, answers: list[str]) -> None:
+    """Windows (rows, audio after audio) x text tokens (columns): where the attention of one few-shot sample is above 0."""
+    visible_LT, n_windows = attention(model, ids, audio).T > 0, audio.n_windows_BN[0].tolist()
+    axes.imshow(visible_LT, aspect="auto", cmap=matplotlib.colors.ListedColormap(["0.9", COLOURS[0]]), vmin=0, vmax=1,
+                interpolation="nearest")
     ends = np.cumsum([0, *n_windows])
-    starts = [t for t, token in enumerate(ids) if token == tokenizer.audio_id] + [len(ids)]
+    starts = [t for t, token in enumerate(ids) if token == model.config.audio_id] + [len(ids)]
     for end in ends[1:-1]:
         axes.axhline(end - 0.5, color="white", linewidth=1.5)
     for start in starts[:-1]:
@@ -186,8 +175,8 @@ def draw_mask(axes, tokenizer: Tokenizer, ids: list[int], n_windows: list[int], 
     middles = [(a + b - 1) / 2 for a, b in zip([0, *starts], starts)]
     axes.set_xticks(middles, ["task", *(f"text {n + 1}\n“{plain(answer, 16)}”" for n, answer in enumerate(answers))])
     axes.set(xlabel=f"{len(ids)} text tokens", ylabel=f"{sum(n_windows)} windows")
-    axes.set_title("What a few-shot text may look at (blue): its own audio and all before it", loc="left", fontsize=11,
-                   fontweight="bold")
+    seen = {"block": "its own audio and all before it", "last": "its own audio", "full": "every audio"}[model.config.xattn.mask]
+    axes.set_title(f"What a few-shot text may look at (blue): {seen}", loc="left", fontsize=11, fontweight="bold")
 
 
 # ---------------------------------------------------------------------- whole pictures
@@ -269,23 +258,23 @@ def report(run: Path, model: AudioFlamingo, tokenizer: Tokenizer, folder: Path) 
     left = left.subgridspec(2, 1)
     draw_losses(figure.add_subplot(left[0]), Path(run) / "log.jsonl")
 
+    def listen(sample):
+        heard = {place: hear(model, Path(folder) / place[0], place[1]) for place in sample.audios}
+        windows = {place: h.windows_WD for place, h in heard.items()}
+        batch = data.collate([(sample, windows)], tokenizer.pad_id, model.config.clap.out_width).to(next(model.parameters()).device)
+        with torch.no_grad():
+            return heard[sample.audios[-1]], batch.ids_BT, model.listen(batch.windows_AWD, batch.n_windows_BN)
+
     row = few_shot_row(rows)
     sample = write_sample(tokenizer, row)
-    counts = [1 if model.config.pool_windows else len(hear(model, Path(folder) / file, start).windows_WD)
-              for file, start in sample.audios]
-    draw_mask(figure.add_subplot(left[1]), tokenizer, sample.ids, counts, [part["answer"] for part in [*row["shots"], row]])
+    draw_mask(figure.add_subplot(left[1]), model, sample.ids, listen(sample)[2], [part["answer"] for part in [*row["shots"], row]])
 
     row = scene_row(rows)
-    heard = hear(model, Path(folder) / row["audio"], row["start"])
     sample = write_sample(tokenizer, {**row, "answer": ""}, complete=False)
-    batch = data.collate([(sample, {sample.audios[0]: heard.windows_WD})], tokenizer.pad_id, model.config.clap.out_width)
-    batch = batch.to(next(model.parameters()).device)
+    heard, ids_BT, sound = listen(sample)
+    state = model.start(sound, len(sample.ids) + 40)
     with torch.no_grad():
-        sound = model.listen(batch.windows_AWD, batch.n_windows_BN)
-        state = model.start(sound, len(sample.ids) + 40)
-        tokens = model.generate(model.read(batch.ids_BT, state), state, tokenizer.eoc_id, tokenizer.pad_id, 40,
-                                banned=unspeakable(tokenizer))
-        answer = [int(token) for token in tokens]
+        answer = answer_tokens(model, tokenizer, state, model.read(ids_BT, state), Sampling(), 40)[0]
     draw_answer(figure, right, model, tokenizer, heard, sample.ids, [t for t in answer if t != tokenizer.eoc_id], sound)
     truth = row.get("answer") or row["answers"][0]
     asked, said, truth = (plain(words, 60) for words in (row["prompt"], tokenizer.decode(answer), truth))

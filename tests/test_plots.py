@@ -97,10 +97,22 @@ def test_labels_are_short_and_never_formulas():
     assert plots.plain("a $x$\n b") == r"a \$x\$ b" and len(plots.plain("x" * 99)) == 24
 
 
-def test_the_mask_lets_text_see_its_own_audio_and_all_before_it():
-    ids = [1, 9, 1, 1, 9, 1]                                         # 9 is <audio>; two windows, then one
-    expected = np.array([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 1, 1]], bool)
-    assert (plots.mask_matrix(ids, [2, 1], 9) == expected).all()
+SHARED = [[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 1, 1]]      # windows of audio 1, 1, 2; text 1 is 4 tokens, text 2 two
+
+
+@pytest.mark.parametrize("xattn, expected", [
+    ({}, SHARED), ({"mask": "last"}, [[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 0, 0], [0, 0, 0, 0, 1, 1]]), ({"mask": "full"}, [[1] * 6] * 3),
+    ({"null_key": True, "audio_index": True}, SHARED)], ids=["block", "last", "full", "null key"])
+def test_the_mask_that_is_drawn_is_the_one_that_the_model_uses(micro_config, xattn, expected):
+    model, a = make_model(micro_config, **xattn), micro_config.audio_id
+    with torch.no_grad():
+        audio = model.listen(torch.randn(2, 2, micro_config.clap.out_width), torch.tensor([[2, 1]]))
+    figure, axes = plt.subplots()
+    plots.draw_mask(axes, model, [1, a, 1, 1, a, 1], audio, ["x", "y"])
+    assert (axes.images[0].get_array() == np.array(expected)).all()
+    assert axes.get_title(loc="left").endswith({"last": "its own audio", "full": "every audio"}.get(xattn.get("mask"), "all before it"))
+    assert not any(block._forward_pre_hooks for block in model.xattn.values())
+    plt.close(figure)
 
 
 def test_the_log_mel_axis_is_in_hertz_and_the_windows_span_is_in_seconds(micro_config):
