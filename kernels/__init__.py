@@ -5,6 +5,15 @@
 
 The backend is the argument `backend`, else the environment variable AF_MIN_KERNELS (`reference` or `triton`), else Triton for
 CUDA tensors that it can take and PyTorch for the rest. One that was asked for and cannot run is an error that says why.
+
+Triton's interpreter and its compiler, which need no GPU, prove what the kernels compute (tests/test_kernels_interpreted.py)
+and that they fit (check_compile.py). Only a GPU can exercise, and `python -m kernels.benchmark` does all of it:
+    the compiled binaries: their results (wgmma, bf16 products) and 250 repetitions that are equal bit by bit
+    their speed: tiles, warps and stages in CONFIGS, SPLIT, LONG, WIDE, torch.compile's code around them
+    recording and replaying a CUDA graph (af_min/decoding.py); the reference and SDPA's backends on CUDA tensors
+    the baselines that `--dry` lists as not run
+Tried with triton 3.7 (torch 2.13) and 3.6 (torch 2.11); the interpreter of 3.6 wants numpy below 2.4.
+
 Read on: reference.py (PyTorch), masked_xattn.py and residual.py (Triton), check_compile.py, benchmark.py with
 baselines.py and benchmark_model.py.
 """

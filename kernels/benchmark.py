@@ -17,8 +17,7 @@ Projection: x + tanh(g) a Wᵀ, fused and folded; the keys and values of all 24 
 step, prompt and one-token decoding of `af1` with random weights, kernels and CUDA graph on and off (benchmark_model.py).
 
 TFLOP/s count visible keys only: 4·K·H·sum(kv_len) forward, 2.5 times that backward. The roofline is measured in the same run
-(a large copy, a large matrix product). Only a GPU can exercise the baselines that `--dry` lists as not run, Triton's timer,
-compilation by torch.compile, and the real shapes.
+(a large copy, a large matrix product). What `--dry` cannot try: __init__.py says.
 """
 from __future__ import annotations
 

@@ -5,29 +5,31 @@
     s[t,j] = q[t] · k[j] / sqrt(K)        p[t,j] = exp(s[t,j]) / sum_{i < n} exp(s[t,i])  for j < n, else 0
     o[t]   = sum_j p[t,j] v[j]            n = 0 gives o[t] = 0
 
-**Forward** (FlashAttention-2, arXiv 2307.08691, section 3.1). A program owns BLOCK_T queries and walks over the keys in
-blocks of BLOCK_L, keeping for every row the maximum m, the sum l = sum exp(s - m) and acc = sum exp(s - m) v. When a block
-raises m, what was summed so far is scaled by exp(m_old - m). At the end o = acc / l. The (T, L) scores never reach
-memory. All exponentials are in base 2, which the hardware has: with s in units of log2(e), exp(s) is exp2(s).
+Names are those of FlashAttention-2 (arXiv 2307.08691) in small letters, but for its block sizes B_r and B_c, here BLOCK_T and
+BLOCK_L, its log-sum-exp L, here lse (L is the number of keys), and its D, here delta.
+
+**Forward** (section 3.1, algorithm 1). A program owns BLOCK_T queries and walks over the keys in blocks of BLOCK_L, keeping
+for every row the maximum m, the sum l = sum exp(s - m) and acc = sum exp(s - m) v. When a block raises m, what was summed so
+far is scaled by exp(m_old - m). At the end o = acc / l. The (T, L) scores never reach memory. All exponentials are in base 2,
+which the hardware has: with s in units of log2(e), exp(s) is exp2(s).
 
 **The mask costs nothing but its edge.** Blocks that every row of the program sees whole (j < min kv_len) need no mask; then
 come those of the edge; the walk ends at max kv_len. Keys beyond it are not even loaded, hence cannot leak a NaN as 0 · NaN.
 
-**Backward.** Saved is one number a row, lse[t] = m + log2(l), so that p = exp2(s - lse) without another softmax. An empty row
-saves lse = +inf: p = exp2(-inf) = 0, no branch. With delta[t] = do[t] · o[t] (= sum_j p dp, the softmax's own term):
+**Backward** (algorithm 2). Saved is one number a row, lse[t] = m + log2(l), so that p = exp2(s - lse) without another softmax.
+An empty row saves lse = +inf: p = exp2(-inf) = 0, no branch. With delta[t] = do[t] · o[t] (= sum_j p dp, the softmax's own term):
 
     dp[t,j] = do[t] · v[j]    ds = p (dp - delta)    dq[t] = sum_j ds k[j] / sqrt(K)
     dv[j]   = sum_t p do[t]                          dk[j] = sum_t ds q[t] / sqrt(K)
 
 dq is summed over keys by the program that owns the queries, dk and dv over queries by the program that owns the keys: no two
 programs write to one place, so no atomics, and a repetition is equal bit by bit. As kv_len does not decrease, the queries that
-see a key block are a suffix t >= first, and first = the number of t with kv_len[t] <= the block's first key.
+see a key block are all from some t on; that t is the number of queries with kv_len <= the block's first key.
 
 **One token** (decoding, T = 1) is no matrix product but a read of K and V: the keys are cut into splits so that enough
-programs read at once, and a second kernel joins them (Flash-Decoding): o = sum_s o_s exp2(lse_s - lse).
+programs read at once, and a second kernel joins them (Flash-Decoding): o = sum_i o_i exp2(lse_i - lse) over the splits i.
 
-Only a GPU can exercise: the speed of the configurations below, 250 bitwise equal repetitions, CUDA graphs. Everything else runs
-under TRITON_INTERPRET=1. Read before: reference.py; next: residual.py.
+Read before: reference.py; next: residual.py.
 """
 from __future__ import annotations
 
@@ -182,8 +184,7 @@ def xattn_dkv(q_ptr, k_ptr, v_ptr, n_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv
     first_key = tl.program_id(0) * BLOCK_L
     j, d = first_key + tl.arange(0, BLOCK_L), tl.arange(0, K)
     n_ptr += b * T
-    blind = 0                                                           # tokens that see no key of this block
-    partial = 0                                                         # tokens that do not see all of it
+    blind, partial = 0, 0                                               # tokens that see no key of this block; not all of it
     for start in range(0, T, SCAN):
         t = start + tl.arange(0, SCAN)
         n = tl.load(n_ptr + t, mask=t < T, other=2147483647)
@@ -198,7 +199,7 @@ def xattn_dkv(q_ptr, k_ptr, v_ptr, n_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv
     q_ptr, do_ptr = q_ptr + b * q_b + h * q_h, do_ptr + b * o_b + h * o_h
     row = tl.program_id(1).to(tl.int64) * T
     lse_ptr, delta_ptr = lse_ptr + row, delta_ptr + row
-    low = blind // BLOCK_T * BLOCK_T
+    low = blind // BLOCK_T * BLOCK_T                                    # the tokens before see nothing, those after edge all
     edge = tl.minimum((partial + BLOCK_T - 1) // BLOCK_T * BLOCK_T, T)
     dk, dv = walk_queries(k, v, dk, dv, j, q_ptr, do_ptr, n_ptr, lse_ptr, delta_ptr, low, edge, T, q_t, o_t,
                           K, BLOCK_T, True)
@@ -237,15 +238,15 @@ def xattn_decode(q_ptr, k_ptr, v_ptr, n_ptr, o_ptr, lse_ptr, H, q_b, q_h, k_b, k
 
 @triton.jit
 def xattn_join(part_ptr, lse_part_ptr, o_ptr, lse_ptr, splits, rows, K: tl.constexpr, SPLITS: tl.constexpr):
-    """Grid (B·H): o = sum_s o_s w_s / sum_s w_s with w_s = exp2(lse_s - max). A split without keys (lse = +inf) has w = 0."""
-    s, d, row = tl.arange(0, SPLITS), tl.arange(0, K), tl.program_id(0)
-    lse = tl.load(lse_part_ptr + s * rows + row, mask=s < splits, other=float("inf"))
+    """Grid (B·H): o = sum_i o_i w_i / sum_i w_i with w_i = exp2(lse_i - max). A split without keys (lse = +inf) has w = 0."""
+    i, d, row = tl.arange(0, SPLITS), tl.arange(0, K), tl.program_id(0)
+    lse = tl.load(lse_part_ptr + i * rows + row, mask=i < splits, other=float("inf"))
     lse = tl.where(lse == float("inf"), float("-inf"), lse)
     m = tl.max(lse, 0)
     weight = tl.exp2(lse - tl.where(m == float("-inf"), 0.0, m))
     total = tl.sum(weight, 0)
     safe = tl.where(total == 0.0, 1.0, total)
-    part = tl.load(part_ptr + (s[:, None] * rows + row) * K + d[None, :], mask=s[:, None] < splits, other=0.0)
+    part = tl.load(part_ptr + (i[:, None] * rows + row) * K + d[None, :], mask=i[:, None] < splits, other=0.0)
     tl.store(o_ptr + row * K + d, (tl.sum(part * weight[:, None], 0) / safe).to(o_ptr.dtype.element_ty))
     tl.store(lse_ptr + row, tl.where(total == 0.0, float("inf"), m + tl.log2(safe)))
 

@@ -15,9 +15,8 @@ fused kernel saves traffic. For a wide one (the feed-forward, E = 8192) it is bo
 folded weight and onto the residual (`addmm`), and only the branch's separate passes are saved. WIDE draws the line.
 
 LayerNorm and GELU have no kernel here: PyTorch's read and write their tensor once already, and joining them with their neighbours
-is what torch.compile does.
+is what torch.compile does. Where WIDE is best a GPU must tell: `python -m kernels.benchmark` times both forms.
 
-Only a GPU can exercise: the speed of either form and the choice of WIDE (`python -m kernels.benchmark` prints both).
 Read before: masked_xattn.py; next: check_compile.py, benchmark.py.
 """
 from __future__ import annotations

@@ -187,7 +187,7 @@ def test_a_dry_run_goes_through_every_measurement(tmp_path):
     assert missing <= {"SDPA cuDNN", "SDPA memory-efficient", "SDPA flash", "FlexAttention, mask ready",
                        "FlexAttention, mask every call", "flash-attn varlen"}
     done = {(row[0], row[2], row[3]) for row in rows if row[4] and float(row[4]) > 0}
-    three, decoding = ("forward", "backward", "both"), ("prompt", "step", "16 tokens")
+    three, decoding = ("forward", "backward", "both"), ("prompt", "step", "2 tokens")
     for table, names, passes in (
             ("core", ("ours", "einsum, mask every call"), three),
             ("block", ("released form", "PyTorch", "PyTorch, torch.compile", "kernels", "kernels, torch.compile"), three),
