@@ -8,11 +8,12 @@ each of some answers:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from . import data
+from . import checkpoint, data
 from .cli import UserError
 from .flamingo import AudioFlamingo, Sampling, State
 from .retrieval import Place
@@ -34,7 +35,7 @@ def read(model: AudioFlamingo, tokenizer: Tokenizer, samples: list[Sample], embe
     batch = batch.to(next(model.parameters()).device)
     length, limit = batch.ids_BT.shape[1], model.config.lm.max_positions
     if length >= limit:
-        raise UserError(f"the question is {length} tokens long, shots included; this model holds {limit}: shorten it, or fewer shots")
+        raise UserError(f"the question is {length} tokens long, shots included; this model holds {limit}: shorten it")
     state = model.start(model.listen(batch.windows_AWD, batch.n_windows_BN), limit if room is None else min(limit, length + room))
     return state, model.read(batch.ids_BT, state, None if batch.mask_BT.all() else batch.mask_BT)
 
@@ -77,6 +78,15 @@ class Answerer:
 
     def __init__(self, model: AudioFlamingo, tokenizer: Tokenizer, store: Store | dict[Place, np.ndarray], max_new: int = MAX_NEW):
         self.model, self.tokenizer, self.store, self.max_new = model, tokenizer, store, max_new
+
+    @classmethod
+    def open(cls, run: Path, folder: Path, rows: list[dict], progress: Callable = lambda items: items, max_new: int = MAX_NEW,
+             device: str = "cpu") -> "Answerer":
+        """The model of a run folder, and the embeddings of all recordings that rows of a data set name."""
+        model, tokenizer = checkpoint.load_run(run, device)
+        store = Store(folder, model.encoder, model.config.audio, model.config.clap.out_width)
+        store.add(data.recordings(rows), progress)
+        return cls(model, tokenizer, store, max_new)
 
     def _read(self, rows: list[dict], room: int) -> tuple[State, torch.Tensor]:
         samples = [write_sample(self.tokenizer, row, complete=False) for row in rows]

@@ -13,7 +13,7 @@ Per seed one window encoder and one language model (stages clap, lm), and from t
     straight       sft alone, for as many steps as both stages          does the pre-training stage help?
     chat           windows, then sft on the dialogues                   does dialogue fine-tuning make a chat model?
 
-and `windows` is asked with 0 to 8 shots, nearest or random. The table gives mean and [lowest, highest] over the seeds; "above" means
+and `windows` is asked with 0 to 8 shots, nearest or random. The table gives mean and [lowest, highest] over the seeds; "above":
 that every seed of the one scores higher than every seed of the other, else no difference was found. With few steps and small
 models a missing difference says little about the paper's, and one that is found holds for this data set.
 """
@@ -31,10 +31,9 @@ from pathlib import Path
 
 import numpy as np
 
-from . import checkpoint, cli, data, manifest, scores
+from . import checkpoint, cli, manifest, scores
 from .answering import Answerer
 from .cli import UserError, flag
-from .store import Store
 
 SCENES = {"AudioCaptioning": "caption in exact order", "After": "what comes after X", "Before": "what comes before X",
           "Count": "count all"}
@@ -118,7 +117,7 @@ def family(args: Args, seed: int, single: Path, dialogues: Path) -> Iterator[tup
         return train(args, f"{seed}-{name}", stage, steps, seed, folder, start)
 
     base = go("lm", "lm", lm, go("clap", "clap", clap))
-    for name, settings in {"windows": {}, "pooled": {"pool_windows": True}, "last": {"mask": "last"}, "full": {"mask": "full"}}.items():
+    for name, settings in (("windows", {}), ("pooled", {"pool_windows": True}), ("last", {"mask": "last"}), ("full", {"mask": "full"})):
         start = changed(args, base, f"{seed}-{name}-start", **settings) if settings else base
         yield name, go(name, "sft", sft, go(f"{name}-pretrain", "pretrain", pretrain, start))
     yield "straight", go("straight", "sft", pretrain + sft, base)
@@ -134,21 +133,19 @@ def measured(args: Args, run: Path, folder: Path, wanted: set[str]) -> dict[str,
     found = found["scores"] if found.get("items") == args.items else {}
     if wanted <= set(found):
         return found
-    model, tokenizer = checkpoint.load_run(run)
     tasks = defaultdict(list)
     for row in manifest.read_rows(folder / "test.jsonl"):
         tasks[row["task"]].append(row)
     tasks = {task: scores.some(rows, args.items) for task, rows in tasks.items()}
-    store = Store(folder, model.encoder, model.config.audio, model.config.clap.out_width)
-    store.add(data.recordings([row for rows in tasks.values() for row in rows]))
-    answerer, task_of = Answerer(model, tokenizer, store), {name: task for task, name in {**SCENES, **EPISODES}.items()}
+    answerer = Answerer.open(run, folder, [row for rows in tasks.values() for row in rows])
+    task_of = {name: task for task, name in {**SCENES, **EPISODES}.items()}
     for measure in sorted(wanted - set(found)):
         if measure == "dialogue":
             said = [(row["answer"], truth) for row, truth in scores.dialogue_items(tasks["Dialogue"], answerer)]
         else:
             k, _, choice = measure.partition(" ")
             rows = tasks[task_of[measure]] if measure in task_of else \
-                scores.with_pool_shots(tasks["Pool"], store, choice if k != "0" else "random", int(k))
+                scores.with_pool_shots(tasks["Pool"], answerer.store, choice if k != "0" else "random", int(k))
             said = zip(answerer.answer(rows), (row["answer"] for row in rows))
         found[measure] = scores.accuracy(*zip(*said))
     checkpoint.write_json(path, {"items": args.items, "scores": found})
@@ -212,7 +209,7 @@ def main() -> None:
         raise UserError(f"--data {source}: the claims are measured on the embedded data set (python prepare_data.py)")
     home.mkdir(parents=True, exist_ok=True)
     if (home / "settings.json").exists() and checkpoint.read_json(home / "settings.json") != settings:
-        raise UserError(f"{home}: holds models of other steps, of another preset or of other data; give another --out, or remove it")
+        raise UserError(f"{home}: holds models of other steps, preset or data; give another --out, or remove it")
     checkpoint.write_json(home / "settings.json", settings)
     single = view(source, home / "single", False, home / "embeddings")
     dialogues = view(source, home / "dialogues", True, home / "embeddings")

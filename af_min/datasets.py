@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
-from tqdm import tqdm
-
 from . import folder, manifest, readers
 from .cli import UserError
 from .download import File, WrongChecksum, fetch, is_archive, need_space, unpack, verify
@@ -193,7 +191,7 @@ def prepare(name: str, out, source: str = "", mirror: str = "", limit: int = 0, 
 
 
 def _gather(entry: DataSet, work: Path, source: str, mirror: str, progress: Callable) -> tuple[list[Path], bool]:
-    """The set's files in `source` (verified) or `work` (fetched) -> the archives to unpack, whether its tables are the published."""
+    """The set's files in `source` (verified) or `work` (fetched) -> the archives to unpack; are its tables as published?"""
     shutil.rmtree(work / "unpacked", ignore_errors=True)
     work.mkdir(parents=True, exist_ok=True)
     held = {path.name: path for path in sorted(Path(source).rglob("*")) if path.is_file()} if source else {}

@@ -21,7 +21,7 @@ import json
 import sys
 import time
 from collections import ChainMap, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -30,7 +30,7 @@ import torch
 from tqdm import tqdm
 
 from . import checkpoint, cli, data, manifest, metrics, scores, text
-from .answering import MAX_NEW, Answerer
+from .answering import Answerer
 from .cli import UserError, flag
 from .retrieval import Library, pooled
 from .store import Store
@@ -206,66 +206,75 @@ class Result:
     swapped: float | None
 
 
-def condition(args: Args, answerer: Answerer, tasks: dict[str, list[dict]], known: dict[str, list[str]], k: int, choice: str,
-              header: dict, stores: dict, moved: bool = False) -> dict[str, list[dict]]:
-    """Entries of every task under one number and choice of shots, or about another recording (`moved`)."""
-    name, out = f"{k}-{choice}" if k else "swapped" if moved else "0", {}
-    file = Path(args.run) / f"predictions-{Path(args.dataset).name}-{args.split}-{name}.jsonl"
-    predictions = Predictions(file, {**header, "shots": k, "shots_from": choice, "seed": args.seed if k else 0, "swapped": moved})
-    store = answerer.store
-    for task, rows in tasks.items():
-        reader = answerer
-        if k:
-            rows = [row for row in rows if not {"shots", "turns"} & set(row)]
-            if not rows or task not in known:
-                continue
-            device = answerer.model.lm.embed.weight.device.type
-            library = Library(answerer.model, [args.dataset], task, progress("encoding train split"), stores, device)
-            rows, short = fitting(with_examples(rows, library, store, k, choice, args.seed), answerer)
-            if short:
-                print(f"{task}: {short} of {len(rows)} questions had room for fewer than {k} shots", file=sys.stderr)
-            reader = Answerer(answerer.model, answerer.tokenizer, ChainMap(library.windows, store), args.max_new)
-        out[task] = predict(reader, scores.swapped(rows) if moved else rows, predictions,
-                            known.get(task, []) if task in args.options and not moved else [], f"{task}, {name}")
-    return out
+class Evaluation:
+    """One run on one split of a prepared data set. UserError for a data set, a task or a number of shots that will not do."""
 
+    def __init__(self, args: Args):
+        self.args, self.folder = args, Path(args.dataset)
+        manifest.read_card(self.folder)
+        rows, train = (manifest.read_rows(self.folder / f"{split}.jsonl") for split in (args.split, "train"))
+        self.tasks, trained = questions(rows, args.items), questions([row for row in train if "retrieved" not in row])
+        if not self.tasks:
+            raise UserError(f"{self.folder}: its {args.split} split is empty: nothing to score (train.py --no-evaluate)")
+        self.known = {task: sorted({option.lower() for row in rows for answer in row["answers"]
+                                    for option in (metrics.tags(answer) if is_tags(task, [[answer]]) else [answer])})
+                      for task, rows in trained.items()}                       # answers that training has seen
+        both = sorted(set(self.tasks) & set(self.known))
+        for task in args.options:
+            if task not in both:
+                raise UserError(f"--options {task}: no such task in both {args.split} and train; there are {', '.join(both)}")
+        self.answerer = Answerer.open(Path(args.run), self.folder, [row for rows in self.tasks.values() for row in rows],
+                                      progress(f"encoding {args.split} split"), args.max_new, args.device)
+        most = self.answerer.model.config.representation.max_audios
+        if max(args.shots, default=0) >= most:
+            raise UserError(f"--shots {max(args.shots)}: this model takes {most} audios, the question's included")
+        self.stores = {self.folder: self.answerer.store}
+        manifests = b"".join((self.folder / f"{split}.jsonl").read_bytes() for split in (args.split, "train"))
+        self.header = {"weights": hashlib.sha256((Path(args.run) / "model.safetensors").read_bytes()).hexdigest()[:16],
+                       "data": hashlib.sha256(manifests).hexdigest()[:16],
+                       "decoding": {"temperature": 0, "max_new": args.max_new}, "options": sorted(args.options)}
+        self.blind = {}                                                        # question id -> answer
+        for task, rows in self.tasks.items():
+            asked = [{name: row[name] for name in ("task", "prompt", "answers")} for row in trained.get(task, [])]
+            self.blind |= dict(zip((tuple(row["id"]) for row in rows), scores.blind_answers(rows, asked)))
+        self.moved = self.answers(moved=True) if args.swapped else {}
 
-def all_results(args: Args, answerer: Answerer, stores: dict) -> list[Result]:
-    """Every task under every condition."""
-    folder, results = Path(args.dataset), []
-    rows, train = (manifest.read_rows(folder / f"{split}.jsonl") for split in (args.split, "train"))
-    tasks, trained = questions(rows, args.items), questions([row for row in train if "retrieved" not in row])
-    known = {task: sorted({option.lower() for row in rows for answer in row["answers"]
-                           for option in (metrics.tags(answer) if is_tags(task, [[answer]]) else [answer])})
-             for task, rows in trained.items()}
-    for task in args.options:
-        if task not in tasks or task not in known:
-            raise UserError(f"--options {task}: no such task in both {args.split}.jsonl and train.jsonl; there are "
-                            f"{', '.join(sorted(set(tasks) & set(known)))}")
-    manifests = b"".join((folder / f"{split}.jsonl").read_bytes() for split in (args.split, "train"))
-    header = {"weights": hashlib.sha256((Path(args.run) / "model.safetensors").read_bytes()).hexdigest()[:16],
-              "data": hashlib.sha256(manifests).hexdigest()[:16],
-              "decoding": {"temperature": 0, "max_new": args.max_new}, "options": sorted(args.options)}
-    moved = condition(args, answerer, tasks, known, 0, "", header, stores, moved=True) if args.swapped else {}
-    blind = {}                                                 # question id -> answer
-    for task, rows in tasks.items():
-        asked = [{name: row[name] for name in ("task", "prompt", "answers")} for row in trained.get(task, [])]
-        blind |= dict(zip((tuple(row["id"]) for row in rows), scores.blind_answers(rows, asked)))
-    for k, choice in [(k, choice) for k in args.shots or [0] for choice in (args.shots_from if k else [""])]:
-        for task, entries in condition(args, answerer, tasks, known, k, choice, header, stores).items():
+    def answers(self, k: int = 0, choice: str = "", moved: bool = False) -> dict[str, list[dict]]:
+        """Entries of every task under one number and choice of shots, or about another recording (`moved`)."""
+        args, name, out = self.args, f"{k}-{choice}" if k else "swapped" if moved else "0", {}
+        predictions = Predictions(Path(args.run) / f"predictions-{self.folder.name}-{args.split}-{name}.jsonl",
+                                  self.header | {"shots": k, "shots_from": choice, "seed": args.seed if k else 0, "swapped": moved})
+        for task, rows in self.tasks.items():
+            reader, store = self.answerer, self.answerer.store
+            if k:
+                rows = [row for row in rows if not {"shots", "turns"} & set(row)]
+                if not rows or task not in self.known:
+                    continue
+                library = Library(reader.model, [args.dataset], task, progress("encoding train split"), self.stores, args.device)
+                rows, short = fitting(with_examples(rows, library, store, k, choice, args.seed), reader)
+                if short:
+                    print(f"{task}: {short} of {len(rows)} questions had room for fewer than {k} shots", file=sys.stderr)
+                reader = Answerer(reader.model, reader.tokenizer, ChainMap(library.windows, store), args.max_new)
+            options = self.known[task] if task in args.options and not moved else []
+            out[task] = predict(reader, scores.swapped(rows) if moved else rows, predictions, options, f"{task}, {name}")
+        return out
+
+    def results(self, k: int, choice: str) -> Iterator[Result]:
+        """Every measure of every task under one condition."""
+        for task, entries in self.answers(k, choice).items():
             references, everything = [entry["references"] for entry in entries], np.arange(len(entries))
             found = measures(task, [entry["answer"] for entry in entries], references)
-            guessed = measures(task, [blind[tuple(entry["id"])] for entry in entries], references)
-            wrong = measures(task, [entry["answer"] for entry in moved[task]], references) if task in moved and not k else {}
-            if task in args.options:
+            guessed = measures(task, [self.blind[tuple(entry["id"])] for entry in entries], references)
+            moved = self.moved.get(task) if not k else None
+            wrong = measures(task, [entry["answer"] for entry in moved], references) if moved else {}
+            if task in self.args.options:
                 found |= option_measures(task, entries)
             own = "own" if not k and entries[0]["shots"] else f"{k} {choice}".strip()
             for name, measure in found.items():
                 low, high = metrics.interval(measure, len(entries), 100 if name == "mAP" else 1000)
-                results.append(Result(task, own, name, len(entries), round(float(np.mean([len(r) for r in references])), 2),
-                                      float(measure(everything)), low, high, *(
-                                          float(other[name](everything)) if name in other else None for other in (guessed, wrong))))
-    return results
+                beside = (float(other[name](everything)) if name in other else None for other in (guessed, wrong))
+                yield Result(task, own, name, len(entries), round(float(np.mean([len(r) for r in references])), 2),
+                             float(measure(everything)), low, high, *beside)
 
 
 def table(results: list[Result]) -> str:
@@ -280,36 +289,24 @@ def table(results: list[Result]) -> str:
 
 def general(args: Args) -> list[Result]:
     """Score any prepared data set; print the table and what it was measured with; write scores-<data set>.json."""
-    started, folder = time.time(), Path(args.dataset)
-    manifest.read_card(folder)
-    device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
-    model, tokenizer = checkpoint.load_run(Path(args.run), device)
-    if max(args.shots, default=0) >= model.config.representation.max_audios:
-        raise UserError(f"--shots {max(args.shots)}: this model takes {model.config.representation.max_audios} audios, "
-                        "the question's included")
-    rows = manifest.read_rows(folder / f"{args.split}.jsonl")
-    if not questions(rows):
-        raise UserError(f"{folder}: its {args.split} split is empty; nothing to score (train.py --no-evaluate leaves scores out)")
-    store = Store(folder, model.encoder, model.config.audio, model.config.clap.out_width)
-    store.add(data.recordings(rows), progress(f"encoding {args.split} split"))
-    results = all_results(args, Answerer(model, tokenizer, store, args.max_new), {folder: store})
+    started = time.time()
+    evaluation = Evaluation(replace(args, device="cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"))
+    conditions = [(k, choice) for k in args.shots or [0] for choice in (args.shots_from if k else [""])]
+    results = [result for k, choice in conditions for result in evaluation.results(k, choice)]
     print(table(results))
-    for task, asked in questions(rows).items():
+    for task, asked in evaluation.tasks.items():
         prompts = sorted({row["prompt"] for row in asked})
         print(f"{task}: {text.prefix(task) + prompts[0]!r}" + (f" and {len(prompts) - 1} other prompts" if prompts[1:] else ""))
     print(f"greedy decoding, at most {args.max_new} tokens, {time.time() - started:.0f} s; "
-          f"answers: {args.run}/predictions-{folder.name}-*.jsonl")
-    checkpoint.write_json(Path(args.run) / f"scores-{folder.name}.json", [asdict(r) for r in results])
+          f"answers: {args.run}/predictions-{evaluation.folder.name}-*.jsonl")
+    checkpoint.write_json(Path(args.run) / f"scores-{evaluation.folder.name}.json", [asdict(r) for r in results])
     return results
 
 
 def embedded(run: Path, folder: Path, items: int = 0) -> list[scores.Score]:
     """The table of the README and two transcripts; writes scores.json."""
-    started, test = time.time(), manifest.read_rows(folder / "test.jsonl")
-    model, tokenizer = checkpoint.load_run(run)
-    store = Store(folder, model.encoder, model.config.audio, model.config.clap.out_width)
-    store.add(data.recordings(test), progress("encoding test split"))
-    answerer, train = Answerer(model, tokenizer, store, MAX_NEW), manifest.read_rows(folder / "train.jsonl")
+    started, (test, train) = time.time(), (manifest.read_rows(folder / f"{split}.jsonl") for split in ("test", "train"))
+    answerer = Answerer.open(run, folder, test, progress("encoding test split"))
     results = list(tqdm(scores.scores(answerer, test, train, items), "scoring", unit="task"))
     print(scores.table(results), scores.transcript(answerer, test), sep="\n")
     print(f"greedy decoding, {sum(s.items for s in results)} items, {time.time() - started:.0f} s")

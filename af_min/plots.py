@@ -40,8 +40,10 @@ def attention(model: AudioFlamingo, ids: list[int], audio: Audio) -> np.ndarray:
     Recomputed from what each block is called with, whatever the mask; rows sum to 1, or to less beside a null key.
     """
     maps = []
-    hooks = [block.register_forward_pre_hook(lambda block, inputs: maps.append(block.attention(*inputs[:2], *inputs[3:])[0].mean(0)))
-             for block in model.xattn.values()]
+    def look(block, inputs):
+        maps.append(block.attention(*inputs[:2], *inputs[3:])[0].mean(0))          # all but the values
+
+    hooks = [block.register_forward_pre_hook(look) for block in model.xattn.values()]
     model.hidden(torch.tensor([ids], device=audio.n_windows_BN.device), audio)
     for hook in hooks:
         hook.remove()
