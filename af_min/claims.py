@@ -117,7 +117,8 @@ def family(args: Args, seed: int, single: Path, dialogues: Path) -> Iterator[tup
         return train(args, f"{seed}-{name}", stage, steps, seed, folder, start)
 
     base = go("lm", "lm", lm, go("clap", "clap", clap))
-    for name, settings in (("windows", {}), ("pooled", {"pool_windows": True}), ("last", {"mask": "last"}), ("full", {"mask": "full"})):
+    variants = {"windows": {}, "pooled": {"pool_windows": True}, "last": {"mask": "last"}, "full": {"mask": "full"}}
+    for name, settings in variants.items():
         start = changed(args, base, f"{seed}-{name}-start", **settings) if settings else base
         yield name, go(name, "sft", sft, go(f"{name}-pretrain", "pretrain", pretrain, start))
     yield "straight", go("straight", "sft", pretrain + sft, base)

@@ -40,6 +40,7 @@ def attention(model: AudioFlamingo, ids: list[int], audio: Audio) -> np.ndarray:
     Recomputed from what each block is called with, whatever the mask; rows sum to 1, or to less beside a null key.
     """
     maps = []
+
     def look(block, inputs):
         maps.append(block.attention(*inputs[:2], *inputs[3:])[0].mean(0))          # all but the values
 
