@@ -154,7 +154,7 @@ class StageConfig:
 STAGES = {
     "tiny": {
         "clap": StageConfig(steps=600, lr=2e-3, warmup=40, batch=128, batch_tokens=1 << 20, decay=True, weight_decay=0.05),
-        "lm": StageConfig(steps=1400, lr=2e-3, warmup=40, batch=256, batch_tokens=2560, decay=True, weight_decay=0.05),
+        "lm": StageConfig(steps=1600, lr=2e-3, warmup=40, batch=256, batch_tokens=2560, decay=True, weight_decay=0.05),
         "pretrain": StageConfig(steps=200, lr=2e-3, warmup=30, batch=256, batch_tokens=1280, decay=True, weight_decay=0.05),
         "sft": StageConfig(steps=2800, lr=2e-3, warmup=40, batch=256, batch_tokens=1280, decay=True, weight_decay=0.05),
     },

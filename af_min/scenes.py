@@ -30,6 +30,7 @@ from .synth import CLASSES, RATE, SOURCES, TRAIN_CLASSES, UNSEEN_CLASSES, Patch,
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five")
 MAX_SECONDS = 5.3           # of a scene: 33 windows of 0.6 s, 0.15 s apart, reach 5.4 s
+LEAD = 0.43                 # seconds before the first sound of a scene: its onset is in four windows, as every other
 PITCH = {"low": 0.67, "high": 1.5}
 LENGTH = {"short": (0.2, 0.32), "long": (0.5, 0.7)}  # seconds
 WINDOW = 0.6                # seconds of a captioned window
@@ -48,10 +49,10 @@ class Event:
 
 # ---------------------------------------------------------------------- recordings
 
-def compose(sounds: list[tuple[str, Patch]], rng: np.random.Generator) -> tuple[np.ndarray, list[Event]]:
-    """Sounds in their order -> waveform float32 (samples,), events. Too long a draw is drawn again."""
+def compose(sounds: list[tuple[str, Patch]], rng: np.random.Generator, lead: float = 0.0) -> tuple[np.ndarray, list[Event]]:
+    """Sounds in their order, after `lead` seconds -> waveform float32 (samples,), events. Too long a draw is drawn again."""
     while True:
-        at, events, pieces = rng.uniform(0.02, 0.25), [], []
+        at, events, pieces = lead + rng.uniform(0.02, 0.25), [], []
         for name, patch in sounds:
             pitch, length = str(rng.choice(list(PITCH))), str(rng.choice(list(LENGTH)))
             seconds = rng.uniform(*LENGTH[length])
@@ -118,10 +119,11 @@ def ask_count(events, rng):
 
 def ask_count_of(events, rng):
     names = [e.name for e in events]
-    by_count = defaultdict(list)
+    by_count = defaultdict(list)                    # asked for every count, or the commonest sound's would be a good guess
     for name in sorted(set(names)):
         by_count[names.count(name)].append(name)
-    by_count[0] = [n for n in TRAIN_CLASSES if n not in names]
+    if rng.random() < 1 / 3:
+        by_count[0] = [n for n in TRAIN_CLASSES if n not in names]
     for count in by_count:
         if count <= 3:
             yield f"how many times does the {rng.choice(by_count[count])} occur?", NUMBERS[count]
@@ -150,8 +152,8 @@ def ask_length(events, rng):
 
 
 QUESTIONS = {  # task: (question maker, at most so many a training scene)
-    "AudioCaptioning": (ask_caption, 1), "Presence": (ask_presence, 1), "Count": (ask_count, 1), "CountOf": (ask_count_of, 1),
-    "After": (ask_after, 1), "Before": (ask_before, 1), "Pitch": (ask_pitch, 1), "Length": (ask_length, 1)}
+    "AudioCaptioning": (ask_caption, 1), "Presence": (ask_presence, 1), "Count": (ask_count, 1), "CountOf": (ask_count_of, 2),
+    "After": (ask_after, 2), "Before": (ask_before, 2), "Pitch": (ask_pitch, 1), "Length": (ask_length, 1)}
 
 
 def dialogue(events: list[Event], rng: np.random.Generator) -> list[dict]:
@@ -257,8 +259,8 @@ class Sizes:
     val_kinds: int = 12     # as many more, never heard in training
     episodes: int = 5000    # in train
     examples: int = 1500    # training questions with examples before them
-    told: int = 12_000      # interviews about scenes that nobody hears, for the language model alone
-    glossaries: int = 6000  # likewise
+    told: int = 24_000      # interviews about scenes that nobody hears, for the language model alone
+    glossaries: int = 10_000  # likewise
     val_items: int = 300    # of every question in val
     test_items: int = 1050  # of every question in test
 
@@ -280,19 +282,19 @@ class Writer:
 
 def scene_rows(writer: Writer, split: str, index: int) -> list[dict]:
     rng = writer.rng(f"{split}-scene", index)
-    wave, events = compose([(n, CLASSES[n]) for n in draw_names(1 + index % 5, rng)], rng)
+    wave, events = compose([(n, CLASSES[n]) for n in draw_names(1 + index % 5, rng)], rng, LEAD)
     head = {"audio": writer.save(f"{split}-{index:05d}", wave), "start": 0.0, "seconds": round(len(wave) / RATE, 3)}
     rows = []
     for task, (make, most) in QUESTIONS.items():
         asked = list(make(events, rng))
         if split == "train" and len(asked) > most:
-            weight = np.array([3.0 if a in ("two", "three") else 1.0 for _, a in asked])    # high counts are rare
-            asked = [asked[i] for i in rng.choice(len(asked), most, replace=False, p=weight / weight.sum())]
+            asked = [asked[i] for i in rng.choice(len(asked), most, replace=False)]
         if split != "train" and task == "After":
             ends = {events[0].name, events[-1].name}
             asked = [(q, a) for q, a in asked if a not in ends]
         rows += [{**head, "description": description(events), "task": task, "prompt": q, "answer": a} for q, a in asked]
-    rows.append({**head, "description": description(events), "task": "Dialogue", "turns": dialogue(events, rng)})
+    for _ in range(2 if split == "train" else 1):
+        rows.append({**head, "description": description(events), "task": "Dialogue", "turns": dialogue(events, rng)})
     if split == "train":
         rows.append({**rows[-1], "task": "Interview", "turns": interview(events, rng)})
         rows += window_rows(head, events, 2, rng)
@@ -399,7 +401,7 @@ def build(folder: Path, seed: int = 0, sizes: Sizes = Sizes(), progress=lambda r
     rows["train"] += [row for i in range(sizes.textures) for row in made[texture_rows, i]]
     rows["train"] += example_rows(rows["train"], sizes.examples, rng)
     for number in range(sizes.episodes):
-        pool = clips["train", "named" if number % 5 < 2 else "kinds"]
+        pool = clips["train", "named" if number % 5 < 3 else "kinds"]
         ways = int(rng.integers(2, 6))
         names = [str(n) for n in rng.choice(list(pool), ways, replace=False)]
         rows["train"].append(episode(pool, names, int(rng.integers(0, 9 - ways)), "train", rng))
