@@ -10,6 +10,7 @@ Supervised are the tokens after each <SEP> through <|endofchunk|>, and </s>; nev
 """
 from __future__ import annotations
 
+import functools
 import io
 import re
 from collections.abc import Iterable
@@ -53,6 +54,7 @@ class Tokenizer:
         self.audio_id, self.eoc_id, self.sep_id = (self.pieces.vocab_size() + i for i in range(3, 6))
         self.vocab_size = self.pieces.vocab_size() + 6
         self.start_ids = [self.bos_id]                       # what every text begins with
+        self._ids = functools.lru_cache(1 << 16)(self.pieces.encode)      # a data set asks the same questions again and again
 
     @classmethod
     def train(cls, lines: Iterable[str], vocab_size: int) -> "Tokenizer":
@@ -87,7 +89,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """A word at the beginning is the same token as after a space: an answer is spelt as in the prompt that names it."""
-        return self.pieces.encode(spaced(text))
+        return list(self._ids(spaced(text)))
 
     def decode(self, ids: list[int]) -> str:
         """Text of the ids, without the first space; special tokens are left out."""
