@@ -249,7 +249,7 @@ def episode(clips: dict[str, list[dict]], names: list[str], extra: int, split: s
 
 @dataclass(frozen=True)
 class Sizes:
-    train: int = 7200       # scenes
+    train: int = 8000       # scenes
     val: int = 300
     test: int = 2100
     textures: int = 1500
@@ -257,7 +257,7 @@ class Sizes:
     kinds: int = 150        # classes without a name, that few-shot training draws from too
     kind_clips: int = 8     # of each of those
     val_kinds: int = 12     # as many more, never heard in training
-    episodes: int = 7000    # in train
+    episodes: int = 5000    # in train
     examples: int = 1500    # training questions with examples before them
     told: int = 24_000      # interviews about scenes that nobody hears, for the language model alone
     glossaries: int = 10_000  # likewise
@@ -401,7 +401,7 @@ def build(folder: Path, seed: int = 0, sizes: Sizes = Sizes(), progress=lambda r
     rows["train"] += [row for i in range(sizes.textures) for row in made[texture_rows, i]]
     rows["train"] += example_rows(rows["train"], sizes.examples, rng)
     for number in range(sizes.episodes):
-        pool = clips["train", "named" if number % 5 < 2 else "kinds"]
+        pool = clips["train", "named" if number % 5 < 3 else "kinds"]
         ways = int(rng.integers(2, 6))
         names = [str(n) for n in rng.choice(list(pool), ways, replace=False)]
         rows["train"].append(episode(pool, names, int(rng.integers(0, 9 - ways)), "train", rng))
