@@ -173,10 +173,11 @@ class WindowCaptions:
     def batch(self, step: int) -> list[dict]:
         """`size` rows, the same on every process."""
         count = self.size // self.each
-        rows, first = [], step * count
+        rows, first, order = [], step * count, {}
         for place in range(first, first + count):
             turn, i = divmod(place, len(self.groups))
-            rng = np.random.default_rng([self.seed, 1 << 21, turn])
-            group = self.groups[int(rng.permutation(len(self.groups))[i])]
+            if turn not in order:
+                order[turn] = np.random.default_rng([self.seed, 1 << 21, turn]).permutation(len(self.groups))
+            group = self.groups[order[turn][i]]
             rows += [group[j % len(group)] for j in range(self.each)]
         return rows

@@ -216,7 +216,7 @@ def glossary(rng: np.random.Generator) -> dict:
 def made_up_word(split: str, rng: np.random.Generator) -> str:
     """Two or three syllables, no word of a question or an answer. A hash assigns each to one split and no other."""
     while True:
-        word = "".join(rng.choice(list("bdfgklmnprstvz")) + rng.choice(list("aeiou")) for _ in range(2 + (rng.random() < 0.3)))
+        word = "".join("bdfgklmnprstvz"[rng.integers(14)] + "aeiou"[rng.integers(5)] for _ in range(2 + (rng.random() < 0.3)))
         hashed = hashlib.sha256(word.encode()).digest()[0]
         if word not in REAL_WORDS and split == ("test" if hashed < 51 else "val" if hashed < 77 else "train"):
             return word

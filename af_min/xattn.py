@@ -73,10 +73,12 @@ class GatedCrossAttention(nn.Module):
             self.index_k = nn.Parameter(own.reshape(max_audios, inner).clone())
 
     def keys_values(self, audio_BLD: torch.Tensor, number_BL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Audio tokens and the number (1, 2, ...) of the audio that each is of -> k, v (B, H, L, K)."""
+        """Audio tokens and the number (1, 2, ...) of the audio that each is of -> k, v (B, H, L, K), the null key before them."""
         k, v = self.kv(audio_BLD).chunk(2, dim=-1)
         if self.index_k is not None:
             k = k + F.embedding((number_BL - 1).clamp(0, len(self.index_k) - 1), self.index_k).to(k.dtype)
+        if self.null_key:
+            k, v = F.pad(k, (0, 0, 1, 0)), F.pad(v, (0, 0, 1, 0))
         return (rearrange(k, "b l (h k) -> b h l k", h=self.heads), rearrange(v, "b l (h k) -> b h l k", h=self.heads))
 
     def queries(self, x_BTD: torch.Tensor, number_BT: torch.Tensor) -> torch.Tensor:
@@ -90,10 +92,9 @@ class GatedCrossAttention(nn.Module):
                 number_BT: torch.Tensor, first_BT: torch.Tensor | None = None) -> torch.Tensor:
         """first_BT: the first window that each token sees, where that is not 0 (the ablation `mask = "last"`)."""
         if first_BT is None:
-            k, v = (F.pad(x, (0, 0, self.null_key, 0)) if self.null_key else x for x in (k_BHLK, v_BHLK))
-            heard = kernels.masked_cross_attention(self.queries(x_BTD, number_BT), k, v, kv_len_BT + self.null_key)
+            heard = kernels.masked_cross_attention(self.queries(x_BTD, number_BT), k_BHLK, v_BHLK, kv_len_BT + self.null_key)
         else:
-            heard = self.attention(x_BTD, k_BHLK, kv_len_BT, number_BT, first_BT).to(v_BHLK.dtype) @ v_BHLK
+            heard = self.attention(x_BTD, k_BHLK, kv_len_BT, number_BT, first_BT).to(v_BHLK.dtype) @ v_BHLK[:, :, self.null_key:]
         heard = rearrange(heard, "b h t k -> b t (h k)")
         x_BTD = kernels.gated_residual(x_BTD, heard, self.out.weight, self.attn_gate)
         inner = F.gelu(self.up(self.ff_norm(x_BTD)))
@@ -101,12 +102,11 @@ class GatedCrossAttention(nn.Module):
 
     def attention(self, x_BTD: torch.Tensor, k_BHLK: torch.Tensor, kv_len_BT: torch.Tensor, number_BT: torch.Tensor,
                   first_BT: torch.Tensor | None = None) -> torch.Tensor:
-        """The attention weights themselves, (B, H, T, L), for pictures; the forward pass does not build them."""
+        """The attention weights themselves on the windows, (B, H, T, L), for pictures; the forward pass does not build them."""
         q = self.queries(x_BTD, number_BT)
         scores = q.float() @ k_BHLK.float().mT / q.shape[-1] ** 0.5
-        slot_L = torch.arange(scores.shape[-1], device=q.device)
+        slot_L = torch.arange(scores.shape[-1], device=q.device) - self.null_key           # -1: the null key
         hidden = slot_L >= kv_len_BT[:, None, :, None]
         if first_BT is not None:
-            hidden = hidden | (slot_L < first_BT[:, None, :, None])
-        scores = F.pad(scores.masked_fill(hidden, float("-inf")), (self.null_key, 0))
-        return scores.softmax(-1)[..., self.null_key:].nan_to_num(0.0)
+            hidden = hidden | (slot_L < first_BT[:, None, :, None]) & (slot_L >= 0)
+        return scores.masked_fill(hidden, float("-inf")).softmax(-1)[..., self.null_key:].nan_to_num(0.0)
