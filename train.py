@@ -44,7 +44,7 @@ class Args:
     init: str = flag("", "start from the weights and tokenizer of this run folder")
     lm: str = flag("", "new model on this published language model: folder of an OPT, Llama or Qwen2")
     clap: str = flag("", "with --lm: published window encoder, clapcap_weights_2023.pth")
-    encoder: str = flag("", "with --lm: window encoder, and dimensions of all but the language model, of this run folder")
+    encoder: str = flag("", "with --lm: window encoder, representation layers and dimensions of all but the language model, of this run folder")
     resume: bool = flag(False, "go on from the last checkpoint of runs/NAME")
     seed: int = flag(0, "seed of weights and data order")
     steps: int = flag(0, "training steps of the stage (0: the preset's)")
@@ -226,15 +226,18 @@ def start_from(args: Args, folders, run: Path, world: World):
 
 
 def published_parts(args: Args):
-    """A new model on a published language model: configuration, tokenizer, state dict. Its encoder: --clap's, --encoder's, or random."""
+    """A new model on a published language model: configuration, tokenizer, state dict. Its ears: --clap's, --encoder's, or random.
+
+    Its gates start nearly closed, at tanh(0.1): on SmolLM2 the loss fell to .58 in 100 steps of 640 tokens, from 0 to .64 (one seed).
+    """
     from af_min.pretrained import new_model
     base = checkpoint.load_config(Path(args.encoder)) if args.encoder else PRESETS[args.preset]
     base = replace(base, pool_windows=args.pool_windows, representation=replace(base.representation, attend_padding=False),
-                   xattn=replace(base.xattn, gate_init=0.0))         # training starts from the unchanged language model
+                   xattn=replace(base.xattn, gate_init=0.1))
     config, tokenizer, weights = new_model(args.clap or None, args.lm, slots=base.representation.max_audios, seed=args.seed, base=base)
     if args.encoder:
         heard = checkpoint.read_tensors(Path(args.encoder) / "model.safetensors")
-        weights |= {name: value for name, value in heard.items() if name.startswith("encoder.")}
+        weights |= {name: value for name, value in heard.items() if name.startswith(("encoder.", "representation."))}
     return config, tokenizer, weights
 
 

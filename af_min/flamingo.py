@@ -193,5 +193,4 @@ def draw(logits_BV: torch.Tensor, sampling: Sampling, random: torch.Generator) -
     probability_BV = sorted_BV.softmax(-1)
     before = probability_BV.cumsum(-1) - probability_BV             # mass of what is likelier: the first is always kept
     probability_BV[before >= sampling.top_p] = 0.0
-    pick = torch.multinomial(probability_BV, 1, generator=random)
-    return order_BV.gather(1, pick)[:, 0].to(logits_BV.device)
+    return order_BV.gather(1, torch.multinomial(probability_BV, 1, generator=random))[:, 0].to(logits_BV.device)

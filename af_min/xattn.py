@@ -77,9 +77,8 @@ class GatedCrossAttention(nn.Module):
         k, v = self.kv(audio_BLD).chunk(2, dim=-1)
         if self.index_k is not None:
             k = k + F.embedding((number_BL - 1).clamp(0, len(self.index_k) - 1), self.index_k).to(k.dtype)
-        if self.null_key:
-            k, v = F.pad(k, (0, 0, 1, 0)), F.pad(v, (0, 0, 1, 0))
-        return (rearrange(k, "b l (h k) -> b h l k", h=self.heads), rearrange(v, "b l (h k) -> b h l k", h=self.heads))
+        padded = (F.pad(x, (0, 0, self.null_key, 0)) if self.null_key else x for x in (k, v))
+        return tuple(rearrange(x, "b l (h k) -> b h l k", h=self.heads) for x in padded)
 
     def queries(self, x_BTD: torch.Tensor, number_BT: torch.Tensor) -> torch.Tensor:
         """Text states -> q (B, H, T, K)."""

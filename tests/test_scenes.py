@@ -8,7 +8,8 @@ import pytest
 import soundfile
 
 from af_min import data, manifest, scenes, synth
-from af_min.scenes import NUMBERS, WINDOW, Event, Sizes, compose
+from af_min.questions import NUMBERS, WINDOW, Event
+from af_min.scenes import Sizes, compose
 from af_min.synth import CLASSES, RATE, TRAIN_CLASSES, UNSEEN_CLASSES, Patch, render
 
 HELD_OUT_WORDS = re.compile(r"\b(" + "|".join(UNSEEN_CLASSES) + r")\b")

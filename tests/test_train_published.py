@@ -31,6 +31,8 @@ def test_a_model_on_a_published_lm_with_the_encoder_of_a_run_trains_and_is_sampl
         assert torch.equal(after["lm." + name][:len(value)], value), name
     assert all(torch.equal(after[name], value) for name, value in ears.items() if name.startswith("encoder."))
     assert log(run)[0]["gates"] != log(run)[-1]["gates"]
+    _, _, fresh = TRAIN.published_parts(TRAIN.Args(lm=str(llama), encoder=str(trained[0])))
+    assert all(torch.equal(fresh[name], value) for name, value in ears.items() if name.startswith(("encoder.", "representation.")))
     train(tmp_path, scenes_data, "--init", run, "--stage", "sft", "--name", "tuned")
     model, tokenizer = checkpoint.load_run(tmp_path / "runs" / "tuned")
     assert tokenizer.decode(tokenizer.encode("bell then dog")) == "bell then dog" and model.config.audio_id == tokenizer.audio_id >= 1200
