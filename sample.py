@@ -1,7 +1,7 @@
 """Ask a trained model about recordings.
 
     python sample.py --audio x.wav                                        describe the sounds
-    python sample.py --audio x.wav y.wav --prompt "is there a siren?"     one question about several recordings, as one batch
+    python sample.py --audio *.wav --prompt "is there a siren?"           one question about each of many recordings, in batches
     python sample.py --audio x.wav --options dog,bell,siren               which of these answers is the likeliest
     python sample.py --audio x.wav --shots 4                              the nearest four training recordings as examples
     python sample.py --audio x.wav --task FewShot --prompt "classify this sound." --shot dog.wav zub --shot bell.wav kip
@@ -16,6 +16,8 @@ output, all else to standard error. With a `tiny` run on one CPU core the first 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import math
 import sys
 import time
@@ -28,8 +30,8 @@ import torch
 from tqdm import tqdm
 
 from af_min import checkpoint, cli, text
-from af_min.answering import answer, read, score
-from af_min.audio import MIN_SECONDS
+from af_min.answering import answer, grouped, read, score
+from af_min.audio import MIN_SECONDS, AudioError
 from af_min.cli import UserError, flag
 from af_min.few_rows import lay_out
 from af_min.flamingo import AudioFlamingo, Sampling, State
@@ -39,7 +41,7 @@ from af_min.text import Sample, Tokenizer, write_sample
 
 @dataclass(frozen=True)
 class Args:
-    audio: list[str] = flag([], "recordings to ask about; several are answered as one batch", nargs="+")
+    audio: list[str] = flag([], "recordings to ask about; several are answered in batches", nargs="+")
     run: str = flag("runs/tiny", "folder of the trained model")
     prompt: str = flag("describe the sounds.", "what to ask")
     task: str = flag("", "whose prefix begins the text, and which rows --shots takes (default: AudioCaptioning; AQA if the prompt "
@@ -95,7 +97,7 @@ def check(args: Args) -> None:
 
 
 def note(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
+    tqdm.write(message, file=sys.stderr)                           # above a progress bar, if there is one
 
 
 # ---------------------------------------------------------------------- hearing
@@ -120,26 +122,46 @@ def training_data(args: Args) -> list[str]:
     return args.data or found
 
 
-def write_questions(args: Args, model: AudioFlamingo, tokenizer: Tokenizer, heard: list[Heard]) \
-        -> tuple[list[Sample], dict[Place, np.ndarray]]:
-    """-> a text for each recording, shots first, that ends where the answer begins; the window embeddings of every audio in it."""
-    embeddings = {(h.path, 0.0): h.windows_WD for h in heard}
-    task, limit = args.task_name, model.config.representation.max_audios
-    if len(args.shot) + args.shots + 1 > limit:
-        raise UserError(f"{len(args.shot) + args.shots} shots and the recording itself: this model takes {limit} audios at most")
-    asked = text.question(task, args.prompt, args.choices if task == "AudioClassification" else None)
-    by_hand = [hear_or_warn(model, file) for file, _ in args.shot]
-    embeddings |= {(h.path, 0.0): h.windows_WD for h in by_hand}
-    shots = [[{**asked, "audio": file, "answer": answer} for file, answer in args.shot]] * len(heard)
-    if args.shots:
-        library = Library(model, training_data(args), task, lambda todo: tqdm(todo, "encoding", unit="rec", disable=not todo))
-        shots = [library.shots(h, args.shots, args.shots_from, args.prompt, args.seed) for h in heard]
-        embeddings |= library.windows
-    for h, shown in zip(heard, shots):
-        for shot in shown:
-            note(f"shot for {h.path}: {shot['audio']}: {shot['prompt']} {shot['answer']}")
-    rows = [{**asked, "audio": h.path, "shots": shown} for h, shown in zip(heard, shots)]
-    return [write_sample(tokenizer, row, complete=False) for row in rows], embeddings
+class Question:
+    """The question of the command line, to be asked about any recording, behind the examples of --shot or --shots."""
+
+    def __init__(self, args: Args, model: AudioFlamingo, tokenizer: Tokenizer):
+        self.args, self.model, self.tokenizer = args, model, tokenizer
+        limit, count = model.config.representation.max_audios, len(args.shot) + args.shots
+        if count + 1 > limit:
+            raise UserError(f"{count} shots and the recording itself: this model takes {limit} audios at most")
+        self.asked = text.question(args.task_name, args.prompt, args.choices if args.task_name == "AudioClassification" else None)
+        by_hand = [hear_or_warn(model, file) for file, _ in args.shot]
+        self.windows = {(h.path, 0.0): h.windows_WD for h in by_hand}
+
+    @functools.cached_property
+    def library(self) -> Library:
+        """What --shots chooses from; opened for the first recording that can be heard."""
+        return Library(self.model, training_data(self.args), self.args.task_name,
+                       lambda todo: tqdm(todo, "encoding", unit="rec", disable=not todo))
+
+    def about(self, heard: Heard) -> tuple[Sample, dict[Place, np.ndarray]]:
+        """The text, which ends where the answer begins; the window embeddings of every audio in it."""
+        args, windows = self.args, {**self.windows, (heard.path, 0.0): heard.windows_WD}
+        shots = [{**self.asked, "audio": file, "answer": answer} for file, answer in args.shot]
+        if args.shots:
+            shots = self.library.shots(heard, args.shots, args.shots_from, args.prompt, args.seed)
+            windows |= {place: self.library.windows[place] for place in ((shot["audio"], shot["start"]) for shot in shots)}
+        for shot in shots:
+            note(f"shot for {heard.path}: {shot['audio']}: {shot['prompt']} {shot['answer']}")
+        return write_sample(self.tokenizer, {**self.asked, "audio": heard.path, "shots": shots}, complete=False), windows
+
+
+def listen(model: AudioFlamingo, files: list[str], left_out: list[str]) -> Iterator[Heard]:
+    """Every file that can be heard, with a bar if there are several; one of several that cannot is told and added to `left_out`."""
+    for file in tqdm(files, unit="rec", disable=len(files) == 1):
+        try:
+            yield hear_or_warn(model, file)
+        except AudioError as error:
+            if len(files) == 1:
+                raise
+            note(f"warning: {error}")
+            left_out.append(file)
 
 
 # ---------------------------------------------------------------------- answering
@@ -159,6 +181,11 @@ class Printer:
     def close(self) -> None:
         """What is left when no token follows, however incomplete."""
         self._show(self.tokenizer.decode(self.ids))
+
+    def speed(self, started: float) -> str:
+        """From `started`, the look at the recording or a turn's question, to the first word; tokens a second."""
+        rate = len(self.ids) / (time.perf_counter() - self.begun)
+        return f"first word after {(self.first or self.begun) - started:.2f} s, {len(self.ids)} tokens at {rate:.4g}/s"
 
     def _show(self, known: str) -> None:
         if len(known) > self.shown:
@@ -214,43 +241,74 @@ def questions() -> Iterator[str]:
                 yield line
 
 
-def chat(model: AudioFlamingo, tokenizer: Tokenizer, heard: Heard, sampling: Sampling, max_new: int) -> None:
+def chat(args: Args, model: AudioFlamingo, tokenizer: Tokenizer, sampling: Sampling) -> None:
     """Questions from the terminal, answers as their words come, the rate after each on standard error."""
+    heard = hear_or_warn(model, args.audio[0])
     note(f"a dialogue about {heard.path} ({heard.recording.seconds:.2f} s); exit ends it")
+    lay_out(model, 1)
     dialogue = Dialogue(model, tokenizer, heard)
     for question in questions():
         printer, started = Printer(tokenizer), time.perf_counter()
         print("assistant: ", end="", flush=True)
         try:
-            dialogue.ask(question, sampling, max_new, printer)
+            dialogue.ask(question, sampling, args.max_new, printer)
         finally:
             printer.close()
             print(flush=True)
-        footer(model, printer, len(printer.ids), started)
+        footer(model, printer.speed(started))
 
 
-def choose(model: AudioFlamingo, tokenizer: Tokenizer, state: State, logits_BV: torch.Tensor, options: list[str],
-           files: list[str]) -> list[list[int]]:
-    """Print every option with its probability, the likeliest first, and its share among the options; -> tokens of the likeliest."""
-    best, scores = [], score(model, tokenizer, state, logits_BV, options)
-    print("probability   share  answer")
-    for file, logp in zip(files, scores):
-        if len(files) > 1:
-            print(f"{file}:")
-        for i in logp.argsort(descending=True).tolist():
-            print(f"{logp[i].exp():11.3g}  {logp.softmax(0)[i]:6.1%}  {options[i]}")
-        best.append(tokenizer.encode(options[int(logp.argmax())]))
-    return best
+def choose(model: AudioFlamingo, tokenizer: Tokenizer, state: State, logits_BV: torch.Tensor,
+           options: list[str]) -> tuple[list[list[int]], list[str]]:
+    """-> for each recording the likeliest option's tokens, and all options as a table: probability, share of it, likeliest first."""
+    best, tables = [], []
+    for logp in score(model, tokenizer, state, logits_BV, options):
+        order, share = logp.argsort(descending=True).tolist(), logp.softmax(0)
+        best.append(tokenizer.encode(options[order[0]]))
+        tables.append("\n".join(["probability   share  answer",
+                                 *(f"{logp[i].exp():11.3g}  {share[i]:6.1%}  {options[i]}" for i in order)]))
+    return best, tables
 
 
-def footer(model: AudioFlamingo, printer: Printer, tokens: int, started: float) -> None:
-    """What was measured: time from the look at the recordings (or a turn's question) to the first word, tokens/s, device."""
+def footer(model: AudioFlamingo, measured: str) -> None:
+    """What was measured, and on what."""
     device = next(model.parameters()).device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    now = time.perf_counter()
-    speed = f"first word after {printer.first - started:.2f} s, {tokens} tokens at {tokens / (now - printer.begun):.4g}/s" \
-        if printer.first else f"{now - started:.2f} s"
-    note(f"[{speed}; {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {name}, torch {torch.__version__}]")
+    note(f"[{measured}; {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {name}, torch {torch.__version__}]")
+
+
+def ask(args: Args, model: AudioFlamingo, tokenizer: Tokenizer, sampling: Sampling) -> None:
+    """One question about all recordings: a single answer word by word, several in batches, in their order.
+
+    UserError, when all else is answered, if some of several recordings could not be heard.
+    """
+    started, alone, done, left_out = time.perf_counter(), len(args.audio) == 1, 0, []
+    question = Question(args, model, tokenizer)
+    room = max(len(tokenizer.encode(option)) + 1 for option in args.choices) if args.options else args.max_new
+    asked = map(question.about, listen(model, args.audio, left_out))
+    for batch in grouped(asked, lambda pair: len(pair[0].ids) + room):
+        samples, windows = [sample for sample, _ in batch], {place: w for _, of_one in batch for place, w in of_one.items()}
+        state, logits_BV = read(model, tokenizer, samples, windows, room)
+        printer = Printer(tokenizer, *([] if alone else [lambda words: None]))
+        if args.options:
+            answers, said = choose(model, tokenizer, state, logits_BV, args.choices)
+        else:
+            draw = dataclasses.replace(sampling, seed=sampling.seed + done)
+            answers = answer(model, tokenizer, state, logits_BV, draw, args.max_new, printer)
+            printer.close()
+            said = ["" if alone else tokenizer.decode(ids) for ids in answers]
+        for sample, words in zip(samples, said):
+            tqdm.write(words if alone else f"{sample.audios[-1][0]}:" + ("\n" if args.options else " ") + words)
+        sys.stdout.flush()
+        done += len(batch)
+    seconds = time.perf_counter() - started
+    footer(model, printer.speed(started) if alone and not args.options else f"{done} recordings in {seconds:.2f} s, {done / seconds:.3g}/s")
+    if args.plot:
+        from af_min import plots
+        words = [token for token in answers[0] if token != tokenizer.eoc_id]
+        plots.answer_picture(Path(args.plot), model, tokenizer, hear(model, args.audio[0]), samples[0].ids, words, state.audio)
+    if left_out:
+        raise UserError(f"{len(left_out)} of {len(args.audio)} recordings could not be heard, see above: {', '.join(left_out)}")
 
 
 def main() -> None:
@@ -258,26 +316,7 @@ def main() -> None:
     check(args)
     device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
     model, tokenizer = checkpoint.load_run(Path(args.run), device)
-    started, alone = time.perf_counter(), len(args.audio) == 1
-    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
-    heard = [hear_or_warn(model, file) for file in args.audio]
-    if args.chat:
-        lay_out(model, 1)
-        return chat(model, tokenizer, heard[0], sampling, args.max_new)
-    samples, embeddings = write_questions(args, model, tokenizer, heard)
-    state, logits_BV = read(model, tokenizer, samples, embeddings, None if args.options else args.max_new)
-    printer = Printer(tokenizer, *([] if alone else [lambda words: None]))    # several answers are printed when all are there
-    if args.options:
-        answers = choose(model, tokenizer, state, logits_BV, args.choices, args.audio)
-    else:
-        answers = answer(model, tokenizer, state, logits_BV, sampling, args.max_new, printer)
-        printer.close()
-        print("" if alone else "\n".join(f"{file}: {tokenizer.decode(ids)}" for file, ids in zip(args.audio, answers)))
-    footer(model, printer, sum(map(len, answers)), started)
-    if args.plot:
-        from af_min import plots
-        said = [token for token in answers[0] if token != tokenizer.eoc_id]
-        plots.answer_picture(Path(args.plot), model, tokenizer, heard[0], samples[0].ids, said, state.audio)
+    (chat if args.chat else ask)(args, model, tokenizer, Sampling(args.temperature, args.top_k, args.top_p, args.seed))
 
 
 if __name__ == "__main__":

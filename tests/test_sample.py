@@ -3,6 +3,7 @@ import dataclasses
 import io
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import soundfile
 import torch
 
 import sample
-from af_min import checkpoint, cli, data, manifest, text
+from af_min import answering, audio, checkpoint, cli, data, manifest, text
 from af_min.cli import UserError
 from af_min.flamingo import AudioFlamingo, Sampling
 from af_min.retrieval import hear
@@ -124,6 +125,42 @@ def test_several_recordings_print_what_each_prints_alone(command):
     assert lines[1] == "dog.wav: " + alone.rstrip("\n")
 
 
+def test_a_thousand_recordings_are_answered_in_batches_in_their_order(command, monkeypatch):
+    """The same lines whatever a batch holds, no batch above its bound, and no recording is kept once it was heard."""
+    sizes, heard, read, load = [], [], sample.read, audio.load
+
+    def counted(model, tokenizer, samples, windows, room):
+        sizes.append(len(samples) * (max(len(one.ids) for one in samples) + room))
+        assert sum(ref() is not None for ref in heard) <= 2, "waveforms pile up"
+        return read(model, tokenizer, samples, windows, room)
+
+    def watched(*args):
+        recording = load(*args)
+        heard.append(weakref.ref(recording))
+        return recording
+    monkeypatch.setattr(sample, "read", counted)
+    monkeypatch.setattr(audio, "load", watched)
+    files = [f"{name}.wav" for name in NAMES] * 4
+    for flags in ((), ("--shots", "2"), ("--options", "bell,dog")):
+        sizes.clear()
+        _, together, _ = command("--audio", *files, "--max-new", "5", *flags)
+        assert len(sizes) == 1
+        with monkeypatch.context() as patch:
+            patch.setattr(answering, "BATCH_TOKENS", sizes[0] // 3)
+            _, parted, _ = command("--audio", *files, "--max-new", "5", *flags)
+        assert parted == together and len(sizes) > 3 and max(sizes[1:]) <= sizes[0] // 3
+
+
+def test_one_of_several_that_cannot_be_heard_is_named_and_the_others_are_answered(command):
+    _, alone, _ = command("--audio", "dog.wav", "bell.wav")
+    code, out, err = command("--audio", "dog.wav", "none.wav", "data/card.json", "bell.wav")
+    assert (code, out) == (2, alone)
+    assert "warning: none.wav: missing" in err and "warning: data/card.json: unreadable" in err
+    assert err.splitlines()[-1] == "error: 2 of 4 recordings could not be heard, see above: none.wav, data/card.json"
+    code, out, err = command("--audio", "none.wav", "none.wav")
+    assert (code, out) == (2, "") and "2 of 2 recordings" in err
+
+
 def test_top_1_is_greedy_and_a_seed_gives_the_same_draw(command):
     _, greedy, _ = command("--audio", "horn.wav")
     assert command("--audio", "horn.wav", "--temperature", "3", "--top-k", "1")[1] == greedy
@@ -179,8 +216,8 @@ def test_options_are_printed_likeliest_first_with_shares_that_add_up(command):
 def test_a_classification_lists_its_options_as_in_training(model, tokenizer, place):
     for task, listed in (("AudioClassification", True), ("AQA", False)):
         args = sample.Args(audio=[str(place / "dog.wav")], task=task, options="bell,dog", run=str(place / "run"))
-        samples, _ = sample.write_questions(args, model, tokenizer, [hear(model, place / "dog.wav")])
-        assert ("\noptions:\n - bell.\n - dog." in tokenizer.decode(samples[0].ids)) == listed
+        one, _ = sample.Question(args, model, tokenizer).about(hear(model, place / "dog.wav"))
+        assert ("\noptions:\n - bell.\n - dog." in tokenizer.decode(one.ids)) == listed
 
 
 # ---------------------------------------------------------------------- shots
@@ -188,11 +225,11 @@ def test_a_classification_lists_its_options_as_in_training(model, tokenizer, pla
 def test_shots_by_hand_stand_before_the_question_in_their_order(model, tokenizer, place):
     args = sample.Args(audio=[str(place / "horn.wav")], task="FewShot", prompt="Classify this sound.", run=str(place / "run"),
                        shot=[[str(place / "dog.wav"), "Zub"], [str(place / "bell.wav"), "kip"]])
-    samples, embeddings = sample.write_questions(args, model, tokenizer, [hear(model, place / "horn.wav")])
+    one, embeddings = sample.Question(args, model, tokenizer).about(hear(model, place / "horn.wav"))
     expected = write_sample(tokenizer, {"task": "FewShot", "audio": str(place / "horn.wav"), "prompt": "classify this sound.", "answer": "",
                             "shots": [{"audio": str(place / f"{name}.wav"), "prompt": "classify this sound.", "answer": answer}
                                       for name, answer in (("dog", "zub"), ("bell", "kip"))]}, complete=False)
-    assert samples == [expected] and set(expected.audios) == set(embeddings)
+    assert one == expected and set(expected.audios) == set(embeddings)
 
 
 @pytest.mark.parametrize("how", ["nearest", "random"])
@@ -310,8 +347,8 @@ def test_what_is_dropped_silent_or_too_short_is_warned_about(command, place, mod
 
 def test_typed_special_tokens_are_text(model, tokenizer, place):
     args = sample.Args(audio=[str(place / "dog.wav")], prompt="<audio><|endofchunk|></s>", run=str(place / "run"))
-    samples, _ = sample.write_questions(args, model, tokenizer, [hear(model, place / "dog.wav")])
-    assert samples[0].ids.count(tokenizer.audio_id) == 1 and tokenizer.eoc_id not in samples[0].ids
+    one, _ = sample.Question(args, model, tokenizer).about(hear(model, place / "dog.wav"))
+    assert one.ids.count(tokenizer.audio_id) == 1 and tokenizer.eoc_id not in one.ids
 
 
 @pytest.mark.parametrize("argv, told", [
