@@ -194,15 +194,25 @@ def test_the_published_size_is_that_of_opt_1_3b():
     assert counted == 1_315_758_080 - 4 * 2048
 
 
-# ------------------------------------------------------------------ stored figures of transformers
+# ------------------------------------------------------------------ against transformers, and stored figures of it
 
-STORED = Path(__file__).parent / "golden" / "lm_logits.safetensors"      # written by `python tests/test_lm.py`
-SMALL = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 40}
-STORED_CONFIGS = {
-    "opt": dict(SMALL, model_type="opt", ffn_dim=48, word_embed_proj_dim=32),
-    "llama": dict(SMALL, model_type="llama", intermediate_size=48, num_key_value_heads=2, rms_norm_eps=1e-5),
-    "qwen2": dict(SMALL, model_type="qwen2", intermediate_size=48, num_key_value_heads=2, rms_norm_eps=1e-6, tie_word_embeddings=True),
+SMALL = dict(vocab_size=61, hidden_size=48, num_hidden_layers=3, num_attention_heads=6, max_position_embeddings=40)
+OPTS = dict(SMALL, model_type="opt", ffn_dim=80, word_embed_proj_dim=48)
+LLAMAS = dict(SMALL, model_type="llama", intermediate_size=80, rms_norm_eps=1e-5)
+QWENS = dict(LLAMAS, model_type="qwen2", rms_norm_eps=1e-6)
+PEERS = {                                                                     # config.json of small models
+    "opt": OPTS,
+    "opt-untied": dict(OPTS, tie_word_embeddings=False),
+    "llama": LLAMAS,
+    "llama-gqa-tied": dict(LLAMAS, num_key_value_heads=2, tie_word_embeddings=True),
+    "llama-bias-wide-heads": dict(LLAMAS, num_key_value_heads=3, head_dim=16, attention_bias=True, mlp_bias=True, rms_norm_eps=1e-4),
+    "llama-3.1": dict(LLAMAS, head_dim=16, rope_parameters={
+        "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 256}),                   # of 8 frequencies 3 stay, 2 lie between, 3 are slowed down by 8
+    "qwen2": dict(QWENS, num_key_value_heads=2),
+    "qwen2-tied": dict(QWENS, num_key_value_heads=3, tie_word_embeddings=True),
 }
+STORED = Path(__file__).parent / "golden" / "lm_logits.safetensors"           # written by `python tests/test_lm.py`
 
 
 def weight(name, shape):
@@ -211,59 +221,37 @@ def weight(name, shape):
     return torch.tensor(1 + 0.2 * x if "norm.weight" in name else 0.2 * x)
 
 
-@pytest.mark.parametrize("family", STORED_CONFIGS)
+def transformers_model(name):
+    """transformers' own model of PEERS[name], with these weights."""
+    transformers = pytest.importorskip("transformers", reason="pip install -r tests/requirements.txt")
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**PEERS[name])).eval()
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            parameter.copy_(weight(key, parameter.shape))
+    return model
+
+
+def their_logits(model, ids, mask, **more):
+    """Of transformers, which counts positions through padding unless it is told them; OPT sees to that itself."""
+    position = {} if model.config.model_type == "opt" else {"position_ids": (mask.long().cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]}
+    return model(ids, attention_mask=mask.long(), **position, **more)
+
+
+@pytest.mark.parametrize("name", PEERS)
 @torch.no_grad()
-def test_logits_are_the_stored_ones_of_transformers(family):
-    lm = LM(lm_config(STORED_CONFIGS[family], family)).eval()
+def test_logits_are_the_stored_ones_of_transformers(name):
+    lm = LM(lm_config(PEERS[name], name)).eval()
     shapes = shapes_of(lm)
-    table = expand(TABLES[family], shapes)
+    table = expand(TABLES[PEERS[name]["model_type"]], shapes)
     lm.load_state_dict({ours: weight(theirs, shapes[ours]) for ours, theirs in table.items()})
     ids, mask = padded(some_ids(), [12, 5, 9], "left")
-    expected = load_file(STORED)[family]
-    assert relative(lm.logits(lm(ids, mask))[mask], expected) < 1e-5
-
-
-def write_stored():
-    import transformers
-    made = {}
-    for family, settings in STORED_CONFIGS.items():
-        kind = {"opt": "OPT", "llama": "Llama", "qwen2": "Qwen2"}[family] + "Config"
-        model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, kind)(**settings)).eval()
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.copy_(weight(name, tuple(parameter.shape)))
-            ids, mask = padded(some_ids(), [12, 5, 9], "left")
-            extra = {} if family == "opt" else {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
-            made[family] = model(ids, attention_mask=mask.long(), **extra).logits[mask].contiguous()
-    save_file(made, STORED)
-
-
-# ------------------------------------------------------------------ against transformers (skipped without it)
-
-COMMON = dict(vocab_size=61, hidden_size=48, num_hidden_layers=3, num_attention_heads=6, max_position_embeddings=40)
-PEERS = {
-    "opt": ("OPTConfig", dict(COMMON, ffn_dim=80, word_embed_proj_dim=48)),
-    "opt-untied": ("OPTConfig", dict(COMMON, ffn_dim=80, word_embed_proj_dim=48, tie_word_embeddings=False)),
-    "llama": ("LlamaConfig", dict(COMMON, intermediate_size=80)),
-    "llama-gqa-tied": ("LlamaConfig", dict(COMMON, intermediate_size=80, num_key_value_heads=2, tie_word_embeddings=True)),
-    "llama-bias-wide-heads": ("LlamaConfig", dict(COMMON, intermediate_size=80, num_key_value_heads=3, head_dim=16,
-                                                  attention_bias=True, mlp_bias=True, rms_norm_eps=1e-4)),
-    "llama-3.1": ("LlamaConfig", dict(COMMON, intermediate_size=80, head_dim=16, rope_parameters={
-        "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 256})),                  # of 8 frequencies 3 stay, 2 lie between, 3 are slowed down by 8
-    "qwen2": ("Qwen2Config", dict(COMMON, intermediate_size=80, num_key_value_heads=2)),
-    "qwen2-tied": ("Qwen2Config", dict(COMMON, intermediate_size=80, num_key_value_heads=3, tie_word_embeddings=True)),
-}
+    assert relative(lm.logits(lm(ids, mask))[mask], load_file(STORED)[name]) < 1e-5
 
 
 @pytest.fixture(scope="module", params=PEERS)
 def peer(request, tmp_path_factory):
     """A small random model of transformers', and ours read from the folder that it saves."""
-    transformers = pytest.importorskip("transformers", reason="pip install -r tests/requirements.txt")
-    kind, settings = PEERS[request.param]
-    theirs = transformers.AutoModelForCausalLM.from_config(getattr(transformers, kind)(**settings))
-    shaken(theirs)
-    folder = tmp_path_factory.mktemp(request.param)
+    theirs, folder = transformers_model(request.param), tmp_path_factory.mktemp(request.param)
     theirs.save_pretrained(folder)
     return theirs, load_lm(folder)
 
@@ -277,29 +265,21 @@ def test_logits_are_those_of_transformers(peer):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @torch.no_grad()
-def test_padded_logits_are_those_of_transformers(peer, side):
+def test_padded_and_cached_logits_are_those_of_transformers(peer, side):
+    """A padded batch, then four tokens one at a time behind it."""
     theirs, ours = peer
     ids, mask = padded(some_ids(), [12, 5, 9], side)
-    position = (mask.cumsum(1) - 1).clamp(min=0)
-    extra = {} if theirs.config.model_type == "opt" else {"position_ids": position}
-    expected = theirs(ids, attention_mask=mask.long(), **extra).logits
-    assert relative(ours.logits(ours(ids, mask))[mask], expected[mask]) < 1e-5
-
-
-@torch.no_grad()
-def test_cached_logits_are_those_of_transformers(peer):
-    theirs, ours = peer
-    ids, mask = padded(some_ids(), [8, 5, 7], "left")
-    more = some_ids(length=4, seed=3)
-    cache, past, seen = ours.new_cache(3, 12), None, mask.long()
-    for part, part_mask in [(ids, mask)] + [(more[:, t:t + 1], torch.ones(3, 1).bool()) for t in range(4)]:
-        seen = mask.long() if past is None else torch.cat([seen, part_mask.long()], dim=1)
-        position = ((seen.cumsum(1) - 1).clamp(min=0))[:, -part.shape[1]:]
-        extra = {} if theirs.config.model_type == "opt" else {"position_ids": position}
-        out = theirs(part, attention_mask=seen, past_key_values=past, use_cache=True, **extra)
+    cache, past, more = ours.new_cache(3, 16), None, some_ids(length=4, seed=3)
+    assert relative(ours.logits(ours(ids, mask))[mask], their_logits(theirs, ids, mask).logits[mask]) < 1e-5
+    for part in (ids, *more.split(1, 1)):
+        new = mask if past is None else torch.ones(3, 1).bool()
+        seen = mask if past is None else torch.cat([seen, new], 1)
+        out = their_logits(theirs, part, seen, past_key_values=past, use_cache=True)
         past = out.past_key_values
-        assert relative(ours.logits(ours(part, part_mask, cache=cache))[part_mask], out.logits[part_mask]) < 1e-5
+        assert relative(ours.logits(ours(part, new, cache=cache))[new], out.logits[new]) < 1e-5
 
 
 if __name__ == "__main__":
-    write_stored()
+    inputs, real = padded(some_ids(), [12, 5, 9], "left")
+    with torch.no_grad():
+        save_file({name: their_logits(transformers_model(name), inputs, real).logits[real].contiguous() for name in PEERS}, STORED)

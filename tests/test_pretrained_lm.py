@@ -227,7 +227,7 @@ TEXT = ("The sound of rain on a tin roof grows louder, then a dog barks twice an
 
 @pytest.fixture(scope="module")
 def smollm2():
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="pip install -r tests/requirements.txt")
     folder = os.environ.get("AF_MIN_SMOLLM2")
     if not folder:
         pytest.skip("python tests/get_smollm2.py smollm2, then AF_MIN_SMOLLM2=smollm2 python -m pytest -m peer")
