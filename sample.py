@@ -308,7 +308,8 @@ def ask(args: Args, model: AudioFlamingo, tokenizer: Tokenizer, sampling: Sampli
         words = [token for token in answers[0] if token != tokenizer.eoc_id]
         plots.answer_picture(Path(args.plot), model, tokenizer, hear(model, args.audio[0]), samples[0].ids, words, state.audio)
     if left_out:
-        raise UserError(f"{len(left_out)} of {len(args.audio)} recordings could not be heard, see above: {', '.join(left_out)}")
+        more = f" and {len(left_out) - 5} more" if len(left_out) > 5 else ""
+        raise UserError(f"{len(left_out)} of {len(args.audio)} recordings could not be heard, see above: {', '.join(left_out[:5])}{more}")
 
 
 def main() -> None:
