@@ -20,18 +20,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from safetensors import SafetensorError
+from torch import Tensor
 
 from . import cli
 from . import config as settings
-from .audio import Float32
-from .checkpoint import load_config, write_json, write_tensors
+from .checkpoint import load_config, save_settings, write_tensors
 from .clap import WindowEncoder
 from .cli import UserError
 from .config import Config
 from .flamingo import AudioFlamingo
 from .pretrained_clap import load_clap
-from .pretrained_files import Entry, check_table, expand, open_file, parameters_on_meta, read_table, seems, shapes_of
+from .pretrained_files import Entry, expand, open_file, parameters_on_meta, read_table, seems, shapes_of
 from .pretrained_lm import OPT_TABLE, lm_config, lm_state, read_config
 from .pretrained_text import PublishedTokenizer, published_tokenizer
 from .representation import Representation, sinusoid_table
@@ -64,7 +64,6 @@ TABLE = {
 POSITIONS = "audio_transformer.position_enc.pos_table"                  # computed by ours, and compared with the file's
 EMBEDDING = "lang_encoder.model.decoder.embed_tokens.weight"
 DUPLICATE = re.compile(r"lang_encoder\.(old_decoder_blocks|gated_cross_attn_layers)\.")  # the same layers under a second name
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ class Arguments:
     slots: int = cli.flag(8, "audios a text has room for; of the released checkpoints: the number they were fine-tuned with "
                              "(1 without examples, 4 the chat model, 4 or 8 with examples), as empty slots are attended")
     dtype: str = cli.flag("", "numbers of the written weights (default: bfloat16; of a new model, which is to be trained, float32)",
-                          choices=tuple(DTYPES))
+                          choices=("bfloat16", "float16", "float32"))
     seed: int = cli.flag(0, "of the layers of a new model that are not published")
 
 
@@ -94,9 +93,6 @@ def released_state(path: Path, config: Config, dtype: torch.dtype = torch.float3
     with torch.device("meta"):
         model = AudioFlamingo(config)
     shapes = {name: shape for name, shape in shapes_of(model).items() if name.startswith(("representation.", "xattn.", "lm."))}
-    table = expand(TABLE, shapes)
-    check_table(entries, table, shapes, str(path), f"Audio Flamingo of {config.lm.layers} layers",
-                ignore=lambda name: name == POSITIONS or bool(DUPLICATE.match(name)))
     rows = config.representation.max_audios * config.audio.max_windows
     theirs = entries[POSITIONS].read(torch.float32)[0]
     if len(theirs) < rows or theirs.shape[1] != config.clap.out_width:
@@ -104,7 +100,8 @@ def released_state(path: Path, config: Config, dtype: torch.dtype = torch.float3
                         f"for {config.representation.max_audios} audios of {config.audio.max_windows} windows")
     if (theirs[:rows] - sinusoid_table(rows, config.clap.out_width)).abs().max() > 1e-5:
         raise UserError(f"{path}: {POSITIONS} is not the sinusoid table; expected pos / 10000^(2i/D), sine and cosine in turn")
-    return read_table(entries, table, dtype)
+    return read_table(entries, expand(TABLE, shapes), shapes, str(path), f"Audio Flamingo of {config.lm.layers} layers", dtype,
+                      ignore=lambda name: name == POSITIONS or bool(DUPLICATE.match(name)))
 
 
 def add_tokens(state: dict[str, Tensor], tokenizer: PublishedTokenizer, rows: int, seed: int) -> None:
@@ -121,21 +118,12 @@ def add_tokens(state: dict[str, Tensor], tokenizer: PublishedTokenizer, rows: in
 
 
 def encoder_state(config: Config, clap: Path, dtype: torch.dtype) -> tuple[dict[str, Tensor], Tensor, str]:
-    """The window encoder's state dict from a CLAP checkpoint, its embedding of silence, and a line on what was read."""
+    """The window encoder's state dict from a CLAP checkpoint (its front end stays float32), its embedding of silence, a report."""
     encoder = WindowEncoder(config.audio, config.clap).eval()
     report = load_clap(clap, encoder)
     with torch.no_grad():
         silence = encoder(torch.zeros(1, config.audio.window_samples))[0]
-    exact = exact_names(encoder)
-    state = {"encoder." + name: value if name in exact or not value.is_floating_point() else value.to(dtype)
-             for name, value in encoder.state_dict().items()}
-    return state, silence, report
-
-
-def exact_names(module: nn.Module) -> set[str]:
-    """Tensors that stay float32 whatever the model's dtype is (the encoder's front end)."""
-    parts = tuple(name + "." for name, part in module.named_modules() if isinstance(part, Float32))
-    return {name for name in module.state_dict() if name.startswith(parts)}
+    return {"encoder." + name: value for name, value in encoder.to(dtype).state_dict().items()}, silence, report
 
 
 def released_model(audio_flamingo: Path, clap: Path, lm: Path, dtype: torch.dtype, slots: int = 8,
@@ -154,8 +142,8 @@ def released_model(audio_flamingo: Path, clap: Path, lm: Path, dtype: torch.dtyp
         base, audio_id=tokenizer.audio_id,
         lm=dataclasses.replace(lm_config(values, str(lm)), vocab_size=rows, tied_head=False),
         representation=dataclasses.replace(base.representation, attend_padding=True, max_audios=slots))
+    encoder, silence, report = encoder_state(config, clap, dtype)              # the smaller file first: a wrong one is soon told
     state = released_state(audio_flamingo, config, dtype)
-    encoder, silence, report = encoder_state(config, clap, dtype)
     print(f"{audio_flamingo}: {len(state)} tensors ({sum(t.numel() for t in state.values()) / 1e6:.1f} M numbers)\n{report}")
     return config, tokenizer, {**state, **encoder, "silence": silence}
 
@@ -183,31 +171,24 @@ def new_model(clap: Path | None, lm: Path, dtype: torch.dtype = torch.float32, s
     return config, tokenizer, {**state, **encoder, **{"lm." + name: value for name, value in weights.items()}}
 
 
-def build(config: Config, state: dict[str, Tensor]) -> AudioFlamingo:
-    """The model whose weights *are* the tensors of `state`: nothing is copied, and each keeps its dtype."""
-    with parameters_on_meta():
-        model = AudioFlamingo(config)
-    model.load_state_dict(state, assign=True)
-    return model.eval()
-
-
 def write_run(out: Path, config: Config, tokenizer: PublishedTokenizer, state: dict[str, Tensor], origin: dict) -> None:
-    """A run folder (checkpoint.py); model.safetensors comes last: a folder that has it is whole."""
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "config.json", {"model": settings.to_dict(config), "training": {"converted_from": origin}})
-    tokenizer.save(out)
-    write_tensors(out / "model.safetensors", state)
+    """A run folder (checkpoint.py). model.safetensors is written last: a folder that has it is whole."""
+    try:
+        (out / "model.safetensors").unlink(missing_ok=True)
+        save_settings(out, config, tokenizer, {"converted_from": origin})
+        write_tensors(out / "model.safetensors", state)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{out}: cannot be written ({error})") from None
 
 
-def open_run(run: Path, dtype: torch.dtype | None = None) -> tuple[AudioFlamingo, PublishedTokenizer]:
-    """A written run folder; dtype None keeps the stored one. One tensor is read at a time, into its place."""
+def open_run(run: Path) -> tuple[AudioFlamingo, PublishedTokenizer]:
+    """A run folder with a published vocabulary. Its weights keep their dtype; one at a time is read, into its place."""
     path, config = Path(run) / "model.safetensors", load_config(run)
-    entries = open_file(path)
     with parameters_on_meta():
         model = AudioFlamingo(config)
-    shapes, exact = shapes_of(model), exact_names(model)
-    check_table(entries, {name: name for name in shapes}, shapes, str(path), f"the model of {Path(run) / 'config.json'}")
-    model.load_state_dict({name: entries[name].read(None if name in exact else dtype) for name in shapes}, assign=True)
+    shapes = shapes_of(model)
+    state = read_table(open_file(path), {name: name for name in shapes}, shapes, str(path), f"the model of {Path(run) / 'config.json'}")
+    model.load_state_dict(state, assign=True)
     return model.eval(), PublishedTokenizer.load(run)
 
 
@@ -219,15 +200,16 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("--clap is missing: the released checkpoints do not hold their window encoder, clapcap_weights_2023.pth")
     if args.slots < 1:
         raise UserError(f"--slots {args.slots}: a text needs room for at least one audio")
-    kind = args.dtype or ("bfloat16" if args.audio_flamingo else "float32")
-    dtype = DTYPES[kind]
+    out, kind = Path(args.out), args.dtype or ("bfloat16" if args.audio_flamingo else "float32")
+    if out.exists() and (not out.is_dir() or out.samefile(args.lm)):
+        raise UserError(f"--out {out}: this is {'the folder of the language model' if out.is_dir() else 'a file'}; name a new folder")
+    dtype = getattr(torch, kind)
     if args.audio_flamingo:
         made = released_model(args.audio_flamingo, args.clap, args.lm, dtype, args.slots)
     else:
         made = new_model(args.clap or None, args.lm, dtype, args.slots, args.seed)
     config, tokenizer, state = made
-    origin = {name: getattr(args, name) for name in ("audio_flamingo", "clap", "lm")}
-    write_run(Path(args.out), config, tokenizer, state, origin)
+    write_run(out, config, tokenizer, state, {name: getattr(args, name) for name in ("audio_flamingo", "clap", "lm")})
     count, size = (sum(f(t) for t in state.values()) for f in (torch.Tensor.numel, lambda t: t.nbytes))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
     print(f"{args.out}: {count / 1e6:.1f} M numbers, {size / 2 ** 30:.2f} GiB ({kind}), vocabulary {tokenizer.vocab_size}; "

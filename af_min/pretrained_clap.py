@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .clap import WindowEncoder
 from .cli import UserError
-from .pretrained_files import check_table, expand, open_file, read_table, seems, shapes_of
+from .pretrained_files import expand, open_file, read_table, seems, shapes_of
 
 REAL = "base.htsat.spectrogram_extractor.stft.conv_real.weight"
 IMAGINARY = "base.htsat.spectrogram_extractor.stft.conv_imag.weight"
@@ -67,8 +67,8 @@ def load_clap(path: Path, encoder: WindowEncoder) -> str:
     n_fft = shapes["log_mel.window"][0]
     shapes["log_mel.window"] = shapes["imaginary"] = n_fft // 2 + 1, 1, n_fft
     shapes["patches.weight"] = c.width, 1, c.patch, c.patch
-    check_table(tower, table, shapes, str(path), wanted, ignore=lambda name: bool(UNUSED.match(name.removeprefix(prefix))))
-    state = read_table(tower, table, torch.float32)
+    state = read_table(tower, table, shapes, str(path), wanted, torch.float32,
+                       ignore=lambda name: bool(UNUSED.match(name.removeprefix(prefix))))
     state["log_mel.window"] = _stft_window(state["log_mel.window"], state.pop("imaginary"), path)
     state["patches.weight"] = state["patches.weight"].flatten(1)               # convolution (D, 1, p, q) -> linear (D, p q)
     encoder.load_state_dict(state)

@@ -59,39 +59,43 @@ def open_file(path: Path) -> dict[str, Entry]:
     """The tensors of one .safetensors, .pt, .pth or .bin file, by name. UserError if it is none of these, or damaged."""
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path}: no such file")
+        raise UserError(f"{path}: {'a folder' if path.is_dir() else 'no such file'}; expected a file of weights")
     with open(path, "rb") as file:
         head = file.read(9)
-    if head[:4] == b"PK\x03\x04" or path.suffix in (".pt", ".pth", ".bin"):
+    if head[:4] == b"PK\x03\x04" and not zipfile.is_zipfile(path):
+        raise UserError(f"{path}: truncated: the end of torch.save's zip archive is missing; copy or download it again")
+    if head[:4] == b"PK\x03\x04" or head[:1] == b"\x80":       # a zip; a pickle, with which torch's old layout begins
         return open_torch(path)
-    if path.suffix == ".safetensors" or head[8:9] == b"{":
+    if path.suffix == ".safetensors" or head[8:] == b"{":
         return open_safetensors(path)
-    raise UserError(f"{path}: begins with {head[:4]!r}; expected weights: a .safetensors file, or a .pt, .pth or .bin file "
-                    "of torch.save")
+    raise UserError(f"{path}: {f'begins with {head[:4]!r}' if head else 'empty'}; expected weights: a .safetensors file, or a "
+                    ".pt, .pth or .bin file of torch.save")
 
 
 def open_safetensors(path: Path) -> dict[str, Entry]:
     size = path.stat().st_size
     with open(path, "rb") as file:
         prefix = file.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
-        if length + 8 > size:
+        start = 8 + struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size + 1
+        if start > size:
             raise UserError(f"{path}: not a safetensors file, or a truncated one: {size} bytes, but its header would end at "
-                            f"byte {length + 8}; copy or download it again")
+                            f"byte {start}; copy or download it again")
         try:
-            header = json.loads(file.read(length))
+            header = json.loads(file.read(start - 8))
             header.pop("__metadata__", None)
-            ends = {name: value["data_offsets"][1] for name, value in header.items()}
+            tensors = [(name, value["dtype"], tuple(value["shape"]), *value["data_offsets"]) for name, value in header.items()]
+            end = start + max((last for *_, last in tensors), default=0)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path}: its safetensors header is damaged ({error}); copy or download it again") from None
-    end = 8 + length + max(ends.values(), default=0)
+            raise UserError(f"{path}: its safetensors header is damaged ({error!r}); copy or download it again") from None
     if end > size:
         raise UserError(f"{path}: truncated: {size} bytes, but its header speaks of {end}; copy or download it again")
-    odd = sorted({value["dtype"] for value in header.values()} - set(DTYPES))
-    if odd:
-        raise UserError(f"{path}: holds numbers of type {odd[0]}; expected {', '.join(DTYPES)} (quantised weights are not read)")
-    return {name: Entry(path, DTYPES[value["dtype"]], tuple(value["shape"]), 8 + length + value["data_offsets"][0])
-            for name, value in header.items()}
+    for name, kind, shape, first, last in tensors:
+        if kind not in DTYPES:
+            raise UserError(f"{path}: holds numbers of type {kind}; expected {', '.join(DTYPES)} (quantised weights are not read)")
+        if last - first != math.prod(shape) * DTYPES[kind].itemsize:
+            raise UserError(f"{path}: its safetensors header is damaged: {name!r} of {shape} {kind} has {last - first} bytes; "
+                            "copy or download it again")
+    return {name: Entry(path, DTYPES[kind], shape, start + first) for name, kind, shape, first, _ in tensors}
 
 
 def open_torch(path: Path) -> dict[str, Entry]:
@@ -103,7 +107,8 @@ def open_torch(path: Path) -> dict[str, Entry]:
                for tensor in tensors_of(content).values()):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # torch raises many types here, one for each way a file can be broken
-        reason = str(error).strip().split("\n")[0][:150] or type(error).__name__
+        what = re.search(r"Unsupported (?:global: GLOBAL \S+|operand \d+)", str(error))
+        reason = what[0] if what else str(error).split("\n")[0].strip()[:150] or type(error).__name__
         raise UserError(f"{path}: torch.load (weights_only=True) cannot read it: {reason}; expected a complete file of "
                         "torch.save that holds tensors only") from None
     found = tensors_of(content)
@@ -156,14 +161,14 @@ def expand(table: dict[str, str], ours: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def check_table(entries: dict[str, Entry], table: dict[str, str], shapes: dict[str, tuple[int, ...]], where: str, wanted: str,
-                ignore: Callable[[str], bool] = lambda name: False) -> None:
-    """UserError unless a file's `entries` are just what `table` names, in the shapes of the model that takes them.
+def read_table(entries: dict[str, Entry], table: dict[str, str], shapes: dict[str, tuple[int, ...]], where: str, wanted: str,
+               dtype: torch.dtype | None = None, ignore: Callable[[str], bool] = lambda name: False) -> dict[str, Tensor]:
+    """Our state dict {our name: tensor}, floating-point numbers as `dtype` (None: as the file has them).
 
     table   {our name: name in the file}, complete
-    shapes  {our name: shape}
+    shapes  {our name: shape} of the model that takes them
     ignore  whether a name of the file is known and not wanted (a buffer, a duplicate)
-    The error names the first tensor that is missing, unexpected or misshapen, and says what the file seems to be.
+    UserError, before a tensor is read, names the first that is missing, unexpected or misshapen, and what the file seems to be.
     """
     assert set(table) == set(shapes), f"key table and model differ: {sorted(set(table) ^ set(shapes))[:3]}"
     missing = [theirs for theirs in table.values() if theirs not in entries]
@@ -176,10 +181,6 @@ def check_table(entries: dict[str, Entry], table: dict[str, str], shapes: dict[s
         if entries[theirs].shape != tuple(shapes[ours]):
             raise UserError(f"{where}: tensor {theirs!r} has shape {entries[theirs].shape}, expected {tuple(shapes[ours])} "
                             f"of {wanted}")
-
-
-def read_table(entries: dict[str, Entry], table: dict[str, str], dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """Our state dict, {ours: tensor}; floating-point numbers as `dtype`, or as the file has them."""
     return {ours: entries[theirs].read(dtype) for ours, theirs in table.items()}
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from .cli import UserError
 from .config import LMConfig
 from .lm import LM
-from .pretrained_files import Entry, check_table, expand, open_file, read_table, shapes_of
+from .pretrained_files import Entry, expand, open_file, read_table, shapes_of
 from .pretrained_text import read_json
 
 # Our name -> the name in the file. {i} stands for the layer, {p} for weight and bias.
@@ -82,9 +82,8 @@ def lm_state(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[LMConfig
     with torch.device("meta"):
         shapes = shapes_of(LM(config))
     table = expand(TABLES[values["model_type"]], shapes)
-    check_table(entries, table, shapes, str(folder), f"a {values['model_type']} model of {config.layers} layers",
-                ignore=lambda name: name.endswith(BUFFERS))
-    return config, read_table(entries, table, dtype)
+    wanted = f"a {values['model_type']} model of {config.layers} layers"
+    return config, read_table(entries, table, shapes, str(folder), wanted, dtype, ignore=lambda name: name.endswith(BUFFERS))
 
 
 def read_config(folder: Path) -> dict:

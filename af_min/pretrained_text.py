@@ -48,6 +48,8 @@ class PublishedTokenizer:
 
     def save(self, folder: Path) -> None:
         """Write the vocabulary and special_tokens.json into `folder`; `load` reads them without the published folder."""
+        for name in (name for layout in LAYOUTS for name in layout):
+            (Path(folder) / name).unlink(missing_ok=True)        # of an earlier run of this name
         self.vocabulary.save(Path(folder))
         ids = {name: getattr(self, name) for name in IDS}
         (Path(folder) / IDS_FILE).write_text(json.dumps({**ids, "start_ids": self.start_ids}, indent=1) + "\n")
@@ -55,6 +57,9 @@ class PublishedTokenizer:
     @classmethod
     def load(cls, folder: Path) -> "PublishedTokenizer":
         values = read_json(Path(folder) / IDS_FILE)
+        lost = [name for name in (*IDS, "start_ids") if name not in values]
+        if lost:
+            raise UserError(f"{Path(folder) / IDS_FILE}: {lost[0]} is missing; copy the run folder again")
         return cls(open_vocabulary(Path(folder), []), {name: values[name] for name in IDS}, values["start_ids"])
 
 
@@ -118,8 +123,8 @@ def open_vocabulary(folder: Path, special: list[str]) -> BPE | SentencePiece:
     """The vocabulary of a folder, in the first layout that it has. `special`: tokens that text must never become."""
     layout = next((names for names in LAYOUTS if all((folder / name).is_file() for name in names)), None)
     if layout is None:
-        found = ", ".join(sorted(p.name for p in folder.iterdir())[:6]) if folder.is_dir() else "no such folder"
-        raise UserError(f"{folder}: no tokenizer: found {found or 'nothing'}; expected tokenizer.json, or vocab.json with "
+        found = ", ".join(sorted(p.name for p in folder.iterdir())[:6]) or "nothing"
+        raise UserError(f"{folder}: no tokenizer: found {found}; expected tokenizer.json, or vocab.json with "
                         "merges.txt, or tokenizer.model")
     path = folder / layout[0]
     if layout[0] == "vocab.json" and read_json(folder / "config.json").get("model_type", "opt") != "opt":
@@ -145,6 +150,8 @@ def open_vocabulary(folder: Path, special: list[str]) -> BPE | SentencePiece:
 def published_tokenizer(folder: Path) -> PublishedTokenizer:
     """The tokenizer of a Hugging Face folder, with Audio Flamingo's three special tokens numbered behind its own."""
     folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; expected that of a Hugging Face language model")
     config = read_json(folder / "config.json")
     named = {**read_json(folder / "special_tokens_map.json"), **read_json(folder / "tokenizer_config.json")}
 

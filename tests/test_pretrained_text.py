@@ -180,6 +180,16 @@ def test_a_saved_tokenizer_is_the_same(folder, tmp_path):
         assert again.encode(line) == tokenizer.encode(line)
 
 
+def test_a_run_folder_that_is_used_again_holds_the_new_vocabulary_alone(folders, tmp_path):
+    for name in ("qwen2", "llama", "opt"):
+        tokenizer = published_tokenizer(folders[name])
+        tokenizer.save(tmp_path)
+        assert PublishedTokenizer.load(tmp_path).encode("a dog barks") == tokenizer.encode("a dog barks")
+    (tmp_path / "special_tokens.json").write_text('{"pad_id": 1}')
+    with pytest.raises(UserError, match="special_tokens.json: bos_id is missing"):
+        PublishedTokenizer.load(tmp_path)
+
+
 def test_the_templates_take_it(folders):
     t = published_tokenizer(folders["opt"])
     sample = write_sample(t, {"audio": "x.wav", "task": "AudioCaptioning", "prompt": "what?", "answer": "a dog </s>"})
