@@ -2,7 +2,7 @@
 
 A published checkpoint can be larger than memory has room for twice, and its numbers are often wider than we want them.
 So a file is opened as a list of (name, dtype, shape, place), and a tensor's bytes are read when it is asked for, straight
-into memory of its own: the peak is the target plus one tensor, and no page of a mapped file counts on top.
+into memory of its own: the peak is the target, and no page of a mapped file counts on top.
 
     safetensors    8 bytes length n, n bytes JSON {name: {dtype, shape, data_offsets}}, then the numbers
     .pt .pth .bin  torch.save's zip; the places come from torch.load on fake tensors, with weights_only=True, so that
@@ -28,6 +28,7 @@ from .cli import UserError
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
           "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+PART = 1 << 14                       # numbers read at a time: large buffers, freed between tensors that stay, leave holes in the heap
 
 
 @dataclass(frozen=True)
@@ -40,19 +41,19 @@ class Entry:
     held: Tensor | None = None       # numbers that could not be left in the file (old or unusual layouts)
 
     def read(self, dtype: torch.dtype | None = None) -> Tensor:
-        """A tensor of its own; floating-point numbers are converted to `dtype`."""
-        tensor = self.held.clone() if self.held is not None else self._from_file()
-        return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
-
-    def _from_file(self) -> Tensor:
-        size = math.prod(self.shape) * self.dtype.itemsize
-        raw = torch.empty(size, dtype=torch.uint8)
+        """A tensor of its own; floating-point numbers are converted to `dtype`, PART of them at a time."""
+        dtype = dtype if dtype is not None and self.dtype.is_floating_point else self.dtype
+        if self.held is not None:
+            return self.held.to(dtype, copy=True)
+        tensor = torch.empty(math.prod(self.shape), dtype=dtype)
         with open(self.path, "rb") as file:
             file.seek(self.offset)
-            got = file.readinto(memoryview(raw.numpy())) if size else 0
-        if got != size:
-            raise UserError(f"{self.path}: truncated: a tensor of {size} bytes has only {got}; copy or download the file again")
-        return raw.view(self.dtype).reshape(self.shape)
+            for part in tensor.split(PART):
+                raw = torch.empty(len(part) * self.dtype.itemsize, dtype=torch.uint8)
+                if file.readinto(memoryview(raw.numpy())) != len(raw):
+                    raise UserError(f"{self.path}: truncated: a tensor of {self.shape} is cut off; copy or download the file again")
+                part.copy_(raw.view(self.dtype))
+        return tensor.reshape(self.shape)
 
 
 def open_file(path: Path) -> dict[str, Entry]:

@@ -28,6 +28,7 @@ from af_min.pretrained import released_state
 from af_min.pretrained_lm import expand
 from af_min.retrieval import hear
 from af_min.text import IGNORE, Writer, write_sample
+from test_pretrained_lm import measured
 
 GOLDEN = Path(__file__).parent / "golden" / "af1_tiny"
 SIZES = json.loads((GOLDEN / "config.json").read_text())
@@ -292,3 +293,19 @@ def test_the_command_and_its_mistakes(files, tmp_path):
     done = subprocess.run([sys.executable, "-m", "af_min.pretrained", "--lm", str(tmp_path)], capture_output=True, text=True,
                           cwd=Path(__file__).parent.parent)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+# ------------------------------------------------------------------ memory
+
+def test_converting_and_opening_hold_the_target_alone(tmp_path):
+    """60 M float32 numbers (0.24 GB) as bfloat16, 0.12 GB, and 30 MB for the rest: no second copy, and never in float32."""
+    large = dataclasses.replace(SMALL, lm=LMConfig(vocab_size=8000, width=512, layers=12, heads=8, kv_heads=8, head_dim=64,
+                                                   inner=2048, max_positions=160))
+    files = [str(path) for path in released_format.write_all(tmp_path, large)]
+    convert = (f"import test_pretrained\nrun, base = {str(tmp_path / 'run')!r}, test_pretrained.SMALL\nbefore = peak()\n"
+               f"made = pretrained.released_model(*{files!r}, torch.bfloat16, slots=3, base=base)\nstate = made[-1]\n"
+               "pretrained.write_run(Path(run), *made, {})")
+    opened = f"before = peak()\nstate = pretrained.open_run({str(tmp_path / 'run')!r})[0].state_dict()"
+    for code in (convert, opened):
+        target, extra = measured(code)
+        assert 0.9 * target < extra < 1.1 * target + 3e7, f"{extra / 1e6:.0f} MB more for {target / 1e6:.0f} MB"
