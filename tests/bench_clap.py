@@ -1,7 +1,7 @@
 """The published HTSAT (package msclap) beside ours: throughput, and the stored figures that test_clap.py checks.
 
     pip install --no-deps msclap torchlibrosa
-    OMP_NUM_THREADS=2 python -m tests.bench_clap                  windows/s of either, float32 and bf16, and tiny's
+    OMP_NUM_THREADS=2 python -m tests.bench_clap                  windows/s of either, float32 and bf16, and tiny's; fails below the bounds
     python -m tests.bench_clap --write-golden                     writes tests/golden/clap.npz from the peers
 """
 from __future__ import annotations
@@ -26,6 +26,7 @@ from af_min.pretrained_files import expand
 
 INSTALL = "pip install --no-deps msclap torchlibrosa"
 GOLDEN = Path(__file__).parent / "golden" / "clap.npz"
+AT_LEAST = {"float32": 1.2} | ({"bf16": 2.0} if torch.cpu._is_avx512_bf16_supported() else {})   # times the published encoder's rate
 
 
 def peer():
@@ -205,3 +206,6 @@ if __name__ == "__main__":
         print(f"af1, windows/s on {torch.get_num_threads()} threads: " + ", ".join(f"{k} {v:.3g}" for k, v in figures.items()))
         print(f"ratios: float32 {figures['float32'] / figures['msclap']:.2f}x, bf16 {figures['bf16'] / figures['msclap']:.2f}x")
         print("tiny, windows/s: " + ", ".join(f"{k} {v:.0f}" for k, v in bench_tiny().items()))
+        for kind, least in AT_LEAST.items():
+            if figures[kind] < least * figures["msclap"]:
+                sys.exit(f"{kind}: got {figures[kind] / figures['msclap']:.2f} times msclap's rate, expected at least {least}")

@@ -2,7 +2,8 @@
 
     python -m tests.bench_full_size [FOLDER]          10 GB of disk and of memory; FOLDER (default: a temporary one) is emptied again
 
-Runs the three commands of a user, each in a process of its own. On two CPU cores shared with other work (load 4 to 5), torch 2.13:
+Runs the three commands of a user, each in a process of its own; fails where converting or asking takes more memory than 1.25 times the
+written weights and 1 GB. On two CPU cores shared with other work (load 4 to 5), torch 2.13:
 
     write      62 s                                      8.78 GiB, float32
     convert    37 s   peak memory 5.33 GiB               4.39 GiB, bfloat16; 691 + 182 tensors, 2354 M numbers
@@ -35,10 +36,13 @@ def run(command: str, folder: Path) -> None:
         if (folder / "run" / "config.json").exists():
             (folder / "foundation.pt").unlink(missing_ok=True)             # has been read; with what follows it would be 14 GB
         time.sleep(0.05)
-    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    print(f"  {time.perf_counter() - began:.0f} s, peak memory {usage.ru_maxrss / 2 ** 20:.2f} GiB, {size / 2 ** 30:.2f} GiB on disk\n", flush=True)
+    size, weights = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()), folder / "run" / "model.safetensors"
+    peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    print(f"  {time.perf_counter() - began:.0f} s, peak memory {peak / 2 ** 30:.2f} GiB, {size / 2 ** 30:.2f} GiB on disk\n", flush=True)
     if status:
         sys.exit(f"the command failed ({os.waitstatus_to_exitcode(status)})")
+    if weights.exists() and peak > (most := 1.25 * weights.stat().st_size + 1e9):
+        sys.exit(f"peak memory: got {peak / 1e9:.2f} GB, expected at most {most / 1e9:.2f} GB")
 
 
 def main(parent: str | None = None) -> None:
