@@ -38,6 +38,8 @@ from af_min.flamingo import AudioFlamingo, Sampling, State
 from af_min.retrieval import Heard, Library, Place, hear
 from af_min.text import Sample, Tokenizer, write_sample
 
+DIALOGUE = 4096     # tokens after the first question, if the model holds as many: their place in the cache is taken at once
+
 
 @dataclass(frozen=True)
 class Args:
@@ -216,15 +218,16 @@ class Dialogue:
         return missing + ids[end_of_first:]
 
     def ask(self, question: str, sampling: Sampling, max_new: int, told: Callable[[int], None] = lambda token: None) -> str:
-        """The answer. UserError if the text has become longer than the model can hold; the dialogue is unchanged then."""
+        """The answer. UserError if the text has become longer than there is room for; the dialogue is unchanged then."""
         if self.state is None:
             sample = self._write({"user": question})
             new = sample.ids
-            self.state, logits = read(self.model, self.tokenizer, [sample], {(self.heard.path, 0.0): self.heard.windows_WD})
+            windows = {(self.heard.path, 0.0): self.heard.windows_WD}
+            self.state, logits = read(self.model, self.tokenizer, [sample], windows, DIALOGUE)
         else:
             new, cache = self._question(question), self.state.cache
             if cache.length + len(new) >= cache.max_length:
-                raise UserError(f"the dialogue has reached the {cache.max_length} tokens that this model holds; start a new one")
+                raise UserError(f"the dialogue has reached the {cache.max_length} tokens that there is room for; start a new one")
             logits = self.model.read(torch.tensor([new], device=cache.mask_BT.device), self.state)
         tokens = answer(self.model, self.tokenizer, self.state, logits, sampling, max_new, told)[0]
         self.ids += new + tokens

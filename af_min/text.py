@@ -68,8 +68,8 @@ class Tokenizer:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=map(spaced, lines), model_writer=out, vocab_size=vocab_size - 6, model_type="bpe", byte_fallback=True,
             normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=False,
-            user_defined_symbols=sorted({p.replace(" ", "\u2581") for p in phrases}), bos_id=-1, eos_id=-1, pad_id=-1, hard_vocab_limit=False, num_threads=1,
-            split_digits=True, minloglevel=2)
+            user_defined_symbols=sorted({p.replace(" ", "\u2581") for p in phrases}), bos_id=-1, eos_id=-1, pad_id=-1,
+            hard_vocab_limit=False, num_threads=1, split_digits=True, minloglevel=2)
         return cls(out.getvalue())
 
     @classmethod

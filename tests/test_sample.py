@@ -290,6 +290,15 @@ def test_a_dialogue_that_is_full_says_so_and_is_unchanged(model, tokenizer, plac
     assert dialogue.ids == before and len(before) <= 512 and dialogue.state.cache.length == len(before)
 
 
+def test_a_dialogue_takes_no_more_of_the_cache_than_it_may_need(config, tokenizer, place):
+    """A model that holds 100,000 tokens, as Llama 3.1 does: a place for each would be gigabytes."""
+    torch.manual_seed(0)
+    long = AudioFlamingo(dataclasses.replace(config, lm=dataclasses.replace(config.lm, positions="rope", max_positions=100_000))).eval()
+    dialogue = sample.Dialogue(long, tokenizer, hear(long, place / "bell.wav"))
+    dialogue.ask("what is it?", GREEDY, 2)
+    assert dialogue.state.cache.max_length < 4200
+
+
 def test_chat_reads_lines_until_exit(command):
     code, out, err = command("--audio", "dog.wav", "--chat", "--max-new", "5", stdin="what is it?\n\nis it low?\nexit\nnever\n")
     assert code == 0 and out.count("assistant: ") == 2 and err.count("tokens at") <= 2
