@@ -51,11 +51,6 @@ class KVCache:
     def max_length(self) -> int:
         return self.mask_BT.shape[1]
 
-    def select(self, rows: Tensor) -> "KVCache":
-        """A copy made of the given rows (int64), each as often as it is named: several answers go on from one prompt."""
-        return KVCache(*([t[rows] for t in tensors] for tensors in (self.k, self.v, self.recent)), self.mask_BT[rows],
-                       self.length, self.padded)
-
     def append(self, layer: int, k_BGTK: Tensor, v_BGTK: Tensor) -> tuple[Tensor, Tensor]:
         """Write one layer's new keys and values behind `length` -> all of that layer's so far, (B, G, C, K) each."""
         end = self.length + k_BGTK.shape[2]

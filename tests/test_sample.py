@@ -135,8 +135,7 @@ def test_a_thousand_recordings_are_answered_in_batches_in_their_order(command, m
         return read(model, tokenizer, samples, windows, room)
 
     def watched(*args):
-        recording = load(*args)
-        heard.append(weakref.ref(recording))
+        heard.append(weakref.ref(recording := load(*args)))
         return recording
     monkeypatch.setattr(sample, "read", counted)
     monkeypatch.setattr(audio, "load", watched)
