@@ -16,12 +16,14 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # before torch starts its pools: two pools at once cost 2 to 3 times
-    os.environ.setdefault(variable, str(max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)))
+    os.environ.setdefault(variable, str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")        # on a GPU: the same products bit for bit, whatever runs beside
 
 import torch
 import torch.distributed as dist
@@ -38,10 +40,11 @@ ALL_STAGES = ("clap", "lm", "pretrain", "sft")
 @dataclass(frozen=True)
 class Args:
     stage: str = flag("all", "which stage to train", choices=(*ALL_STAGES, "all"))
-    preset: str = flag("", "dimensions and training settings (default: tiny; with --clap af1)", choices=tuple(PRESETS))
+    preset: str = flag("", "dimensions and training settings (default: tiny; with --clap af1; with --init those of that run)",
+                       choices=tuple(PRESETS))
     data: list[str] = flag(["data/scenes"], "prepared data sets, folder or folder:weight", nargs="+")
     name: str = flag("tiny", "the run is written to runs/NAME")
-    init: str = flag("", "start from the weights and tokenizer of this run folder")
+    init: str = flag("", "start from the weights and tokenizer of this run folder (with one --stage: runs/NAME, if it holds a model)")
     lm: str = flag("", "new model on this published language model: folder of an OPT, Llama or Qwen2")
     clap: str = flag("", "with --lm: published window encoder, clapcap_weights_2023.pth")
     encoder: str = flag("", "with --lm: window encoder, representation layers and dimensions of all but the language model, of this run folder")
@@ -51,7 +54,7 @@ class Args:
     lr: float = flag(0.0, "peak learning rate of the stage (0: the preset's)")
     batch: int = flag(0, "samples of the global batch (0: the preset's)")
     batch_tokens: int = flag(0, "padded tokens of the global batch, at most (0: the preset's)")
-    accumulate: int = flag(1, "parts that a process splits its share of the batch into, to save memory")
+    accumulate: int = flag(1, "pieces that a process splits its share of each part of a batch into, to save memory (4 parts, if large)")
     shard: bool = flag(False, "with torchrun: spread weights, gradients and optimizer over the processes (FSDP2)")
     checkpoint_activations: bool = flag(False, "compute a layer's activations again in the backward pass, to save memory")
     compile: bool = flag(False, "torch.compile the layers")
@@ -85,15 +88,24 @@ def prepare(args: Args, world: World) -> None:
     world.wait()
 
 
+def training_of(run: Path) -> dict:
+    """The flags that a run was trained with; {} if there is none, or if it was converted and not trained."""
+    values = checkpoint.read_json(run / "config.json") if (run / "config.json").exists() else {}
+    return values.get("training", {}).get("args", {}) if isinstance(values, dict) else {}
+
+
 def parse_arguments() -> Args:
     """The command line; with --resume, flags that are not named have the values that the run was started with."""
     args = cli.parse(Args, description=__doc__)
     run = Path("runs") / args.name
-    saved = checkpoint.read_json(run / "config.json").get("training", {}).get("args", {}) if (run / "config.json").exists() else {}
+    if args.stage != "all" and not (args.init or args.lm) and (run / "model.safetensors").exists():
+        args = replace(args, init=str(run))
+    saved = training_of(run)
     again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and (run / "checkpoint").exists()     # torchrun --max-restarts
     if args.resume or again and all(saved.get(name) == value for name, value in asdict(args).items() if name != "preset"):
         args = cli.parse(Args, description=__doc__, saved={**saved, "resume": True})
-    args = replace(args, preset=args.preset or ("af1" if args.clap else "tiny"))
+    preset = args.preset or (training_of(Path(args.init)).get("preset", "af1") if args.init else "af1" if args.clap else "tiny")
+    args = replace(args, preset=preset)
     cli.at_least(args, seed=0, steps=0, lr=0, batch=0, batch_tokens=0, accumulate=1, checkpoint_every=1)
     if args.shard and int(os.environ.get("WORLD_SIZE", 1)) == 1:
         raise UserError("--shard spreads the model over processes: start them with torchrun --nproc_per_node N train.py --shard")
@@ -140,8 +152,7 @@ def main() -> None:
         checkpoint.load_strictly(everything.model, weights, args.init or args.lm)
     del weights
     lighten(everything, args)
-    draw = Drawing(run)
-    started, lines = time.time(), []
+    draw, started, lines = Drawing(run), time.time(), []
     for stage in stages[stages.index(state["stage"]):]:
         first = state["step"] if stage == state["stage"] else 0
         c = stage_settings(args, stage)
@@ -149,22 +160,24 @@ def main() -> None:
             objective = (ClapStage(everything, folders, tokenizer, c, args, world) if stage == "clap" else
                          TextStage(stage, everything, folders, tokenizer, c, args, world))
             trainer = Trainer(stage, everything, objective, c, args, world)
-            meter = trainer.run(first, args, run, found, draw)
+            meter = trainer.run(first, run, found, draw if world.rank == 0 else lambda: None)
             lines.append(meter.line(sum(p.numel() for p in trainer.parameters), world))
             if trainer.sharded:                                    # the next stage moves other weights: put together, split anew
                 weights, everything = checkpoint.whole_state(everything), Everything(config).to(world.device)
                 spread(everything, weights, world)
                 lighten(everything, args)
-    if world.rank == 0:
+    if world.size > 1:
+        dist.destroy_process_group()
+    if world.rank > 0:
+        return
+    with checkpoint.writing(run):
         if "clap" in stages:
             checkpoint.write_tensors(run / checkpoint.TEXT_TOWER, everything.text_tower.state_dict())
         checkpoint.save_run(run, everything.model, config, tokenizer, {"args": asdict(args)})
-        print(f"{run}: " + footer(everything, lines, time.time() - started, world))
-        if args.evaluate:
-            from af_min import evaluate
-            evaluate.report(run, folders)
-    if world.size > 1:
-        dist.destroy_process_group()
+    print(f"{run}: " + footer(everything, lines, time.time() - started, world))
+    if args.evaluate:
+        from af_min import evaluate
+        evaluate.report(run, folders)
 
 
 class Drawing:
@@ -175,7 +188,7 @@ class Drawing:
         self.run, self.last = run, time.time()
 
     def __call__(self) -> None:
-        if time.time() - self.last > self.every and int(os.environ.get("RANK", 0)) == 0:
+        if time.time() - self.last > self.every:
             from af_min import plots
             plots.losses(self.run)
             self.last = time.time()
@@ -205,6 +218,7 @@ def start_from(args: Args, folders, run: Path, world: World):
     weights, home = None, run if args.resume else Path(args.init) if args.init else None
     if home:
         tokenizer, config = checkpoint.load_tokenizer(home), checkpoint.load_config(home)
+        config = replace(config, pool_windows=config.pool_windows or args.pool_windows)
         if not args.resume:
             weights = checkpoint.read_tensors(home / "model.safetensors", world.device)
     elif args.lm:
@@ -214,12 +228,14 @@ def start_from(args: Args, folders, run: Path, world: World):
         config = replace(config, lm=replace(config.lm, vocab_size=tokenizer.vocab_size), audio_id=tokenizer.audio_id,
                          pool_windows=args.pool_windows)
     if world.rank == 0 and not args.resume:
-        run.mkdir(parents=True, exist_ok=True)
-        checkpoint.forget(run)
-        checkpoint.save_settings(run, config, tokenizer, {"args": asdict(args)})
-        if not home or home.resolve() != run.resolve():
-            (run / checkpoint.TEXT_TOWER).unlink(missing_ok=True)
-            if args.init and (home / checkpoint.TEXT_TOWER).exists():
+        if not home and args.stage in ("pretrain", "sft") and not args.lm:
+            print(f"warning: --stage {args.stage} without --init, and {run} holds no model: it begins with an encoder and a language "
+                  "model that have learned nothing; without --stage they are trained first", file=sys.stderr)
+        with checkpoint.writing(run):
+            run.mkdir(parents=True, exist_ok=True)
+            checkpoint.forget(run, but_weights=bool(home) and home.resolve() == run.resolve())
+            checkpoint.save_settings(run, config, tokenizer, {"args": asdict(args)})
+            if home and not (run / checkpoint.TEXT_TOWER).exists() and (home / checkpoint.TEXT_TOWER).exists():
                 shutil.copy(home / checkpoint.TEXT_TOWER, run)
     world.wait()
     return tokenizer, config, weights

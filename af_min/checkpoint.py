@@ -13,12 +13,13 @@ Files are written under a temporary name and renamed: one that has its name is w
 """
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -26,8 +27,9 @@ import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_optimizer_state_dict,
-                                                            get_state_dict, set_optimizer_state_dict)
+                                                     get_state_dict, set_optimizer_state_dict)
 
 from . import config as settings
 from .cli import UserError
@@ -40,6 +42,16 @@ TEXT_TOWER = "text_tower.safetensors"
 CHECKPOINTS = "checkpoint", "checkpoint.old"              # the last, and the one before it
 UMASK = os.umask(0o022)
 os.umask(UMASK)
+
+
+@contextlib.contextmanager
+def writing(run: Path) -> Iterator[None]:
+    """A disk that is full, or that takes no more files for another reason, is told in one line."""
+    try:
+        yield
+    except (OSError, SafetensorError, CheckpointException) as error:
+        said = next((str(e) for e, _ in error.failures.values()), "") if isinstance(error, CheckpointException) else error
+        raise UserError(f"{run}: cannot be written ({said}); the last checkpoint is whole: make room, then --resume") from None
 
 
 def write_json(path: Path, value) -> None:
@@ -180,6 +192,8 @@ def load_weights(found: Path, everything: nn.Module, device) -> None:
 
 def load_training(found: Path, everything: nn.Module, optimizer: torch.optim.Optimizer, device, sharded: bool = False) -> None:
     """The state of the optimizer; `sharded`: by processes that may be fewer or more than those that wrote it."""
+    if sharded != (found / ".metadata").exists():
+        raise UserError(f"{found}: written {'without' if sharded else 'with'} --shard; --resume goes on likewise")
     if not sharded:
         return load_optimizer(optimizer, read_tensors(found / "optimizer.safetensors", device))
     adam = get_optimizer_state_dict(everything, optimizer)
@@ -197,9 +211,13 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def forget(run: Path) -> None:
-    """Remove the log and the checkpoints of an earlier training of this name: `--resume` must not find them."""
-    (run / "log.jsonl").unlink(missing_ok=True)
+def forget(run: Path, but_weights: bool) -> None:
+    """Remove what an earlier training of this name left and the new one's settings would not fit, or `--resume` would find.
+
+    but_weights: the new one begins with the weights that are there.
+    """
+    for name in ("log.jsonl", "scores.json", "report.png", *("model.safetensors", TEXT_TOWER) * (not but_weights)):
+        (run / name).unlink(missing_ok=True)
     for name in (*CHECKPOINTS, "checkpoint.partial"):
         shutil.rmtree(run / name, ignore_errors=True)
 

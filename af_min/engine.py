@@ -18,6 +18,7 @@ import resource
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,6 +75,13 @@ class World:
         if self.size > 1:
             dist.all_reduce(values)
         return values
+
+    def gather(self, names: list[str]) -> list[str]:
+        """The names that all processes hold together, on every one of them."""
+        held = [names] * self.size
+        if self.size > 1:
+            dist.all_gather_object(held, names)
+        return [name for of_process in held for name in of_process]
 
     def wait(self) -> None:
         if self.size > 1:
@@ -162,10 +170,11 @@ class Meter:
 
     def line(self, moving: int, world: World) -> str:
         """One line of the final footer."""
-        rate, seconds = self.flops / max(self.seconds, 1e-9) / world.size, max(self.seconds, 1e-9)
+        seconds = max(self.seconds, 1e-9)
+        speed = self.flops / seconds / world.size
         name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu"
         peak = next((peak for card, peak in PEAK.items() if card in name), 0)
-        used = (f", {rate / 1e9:.0f} GFLOP/s" + (f" (MFU {rate / peak:.1%} of {name})" if peak else "")) if self.flops else ""
+        used = (f", {speed / 1e9:.0f} GFLOP/s" + (f" (MFU {speed / peak:.1%} of {name})" if peak else "")) if self.flops else ""
         return (f"  {self.stage:8s} {moving / 1e6:.2f} M learn, {self.steps} steps of {1000 * seconds / max(1, self.steps):.0f} ms, "
                 f"{self.samples / seconds:.0f} samples/s, {self.tokens / seconds:.0f} tokens/s, "
                 f"padding {1 - self.tokens / max(1, self.padded):.1%}{used}, {peak_memory(world.device):.2f} GB")
@@ -181,7 +190,7 @@ class Trainer:
     """One stage: its optimizer, and how a step is made."""
 
     def __init__(self, stage: str, everything: Everything, objective, c: StageConfig, args, world: World):
-        self.stage, self.everything, self.objective, self.c, self.world = stage, everything, objective, c, world
+        self.stage, self.everything, self.objective, self.c, self.args, self.world = stage, everything, objective, c, args, world
         self.sharded = args.shard and stage != "clap"
         everything.freeze_but(stage)
         if self.sharded:
@@ -191,9 +200,9 @@ class Trainer:
         self.optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": c.weight_decay},
                                             {"params": vectors, "weight_decay": 0.0}], lr=c.lr, betas=(0.9, 0.95), fused=True)
 
-    def step(self, number: int, seed: int, stop: Stop) -> tuple[Step, dict, int]:
+    def step(self, number: int, stop: Stop) -> tuple[Step, dict, int]:
         """-> the batch, its losses and gradient norm, the sum of the processes' signals (0: go on)."""
-        torch.manual_seed(seed * 1_000_003 + number)  # what dropout draws depends on the step alone
+        torch.manual_seed(self.args.seed * 1_000_003 + number)  # what dropout draws depends on the step alone
         for group in self.optimizer.param_groups:
             group["lr"] = rate(number, self.c)
         self.optimizer.zero_grad(set_to_none=True)
@@ -215,24 +224,26 @@ class Trainer:
         norm = nn.utils.clip_grad_norm_(self.parameters, self.c.clip)
         norm = float(norm.full_tensor() if self.sharded else norm)
         if not (math.isfinite(total) and math.isfinite(norm)):
-            bad = [names for (names, _), value in zip(step.parts, losses) if not math.isfinite(value)] or [p[0] for p in step.parts]
-            raise UserError(f"{self.stage} step {number}: loss {total}, gradient norm {norm}; the last checkpoint is whole: --resume "
-                            f"with a lower --lr, or without these samples: {'; '.join(name for names in bad for name in names)}")
+            bad = [name for (names, _), value in zip(step.parts, losses) if not math.isfinite(value) for name in names]
+            bad = world.gather(bad) or world.gather([name for names, _ in step.parts for name in names])
+            raise UserError(f"{self.stage} step {number}: loss {total}, gradient norm {norm}; --resume goes on from the last checkpoint, "
+                            f"with a lower --lr, or without these samples: {'; '.join(bad)}")
         self.optimizer.step()
         tasks = {task: round(s / n, 4) for task, s, n in zip(self.objective.tasks, sums, step.counts) if n}
         return step, {"loss": round(total, 7), "tasks": tasks, "lr": rate(number, self.c), "grad_norm": round(norm, 4)}, int(stopped)
 
-    def run(self, first: int, args, run: Path, found: Path | None, on_checkpoint=lambda: None) -> Meter:
-        """Steps first .. c.steps, with a line in log.jsonl for each and a checkpoint every so often."""
+    def run(self, first: int, run: Path, found: Path | None, on_checkpoint: Callable[[], None] = lambda: None) -> Meter:
+        """Steps first .. c.steps, with a line in log.jsonl for each and a checkpoint every so often; SystemExit after a signal."""
         c, world, meter, smooth, started = self.c, self.world, Meter(self.stage), None, time.time()
         if first and found:
             checkpoint.load_training(found, self.everything, self.optimizer, world.device, self.sharded)
         bar = tqdm(range(first, c.steps), f"{self.stage:8s} ({sum(p.numel() for p in self.parameters) / 1e6:.2f} M learn)", initial=first,
                    total=c.steps, disable=world.rank > 0, unit="step", mininterval=0.5, smoothing=0.05)
-        with Stop() as stop, open(run / "log.jsonl" if world.rank == 0 else os.devnull, "a") as log:
+        log_file = run / "log.jsonl" if world.rank == 0 else os.devnull
+        with checkpoint.writing(run), bar, Stop() as stop, open(log_file, "a", buffering=1) as log:
             for number in bar:
                 began = time.perf_counter()
-                step, entry, stopped = self.step(number, args.seed, stop)
+                step, entry, stopped = self.step(number, stop)
                 seconds = time.perf_counter() - began
                 meter.add(step, seconds)
                 smooth = entry["loss"] if smooth is None else 0.95 * smooth + 0.05 * entry["loss"]
@@ -241,18 +252,14 @@ class Trainer:
                                       "tokens_per_s": round(step.tokens / seconds), "samples_per_s": round(step.samples / seconds, 1),
                                       "padding": round(1 - step.tokens / max(1, step.padded), 3),
                                       "memory_gb": round(peak_memory(world.device), 3), "seconds": round(time.time() - started, 2)}) + "\n")
-                if stopped or (number + 1) % args.checkpoint_every == 0 or number + 1 == c.steps:
-                    try:
-                        log.flush()
-                        checkpoint.save_checkpoint(run, self.everything, self.optimizer, {"stage": self.stage, "step": number + 1},
-                                                   world.rank, self.sharded, world.wait)
-                    except (OSError, checkpoint.SafetensorError) as error:
-                        raise UserError(f"{run}: cannot be written ({error}): the last checkpoint is whole; make room, then --resume") from None
+                if stopped or (number + 1) % self.args.checkpoint_every == 0 or number + 1 == c.steps:
+                    checkpoint.save_checkpoint(run, self.everything, self.optimizer, {"stage": self.stage, "step": number + 1},
+                                               world.rank, self.sharded, world.wait)
                     on_checkpoint()
-                if stopped and number + 1 < c.steps:
-                    bar.close()
+                if stopped:
+                    caught = signal.Signals(stop.signal or signal.SIGTERM)                # or by another process
                     if world.rank == 0:
-                        print(f"stopped by {signal.Signals(stop.signal or signal.SIGTERM).name} after step {number + 1} of {self.stage}; "
-                              "--resume goes on from there", file=sys.stderr)
-                    sys.exit(128 + (stop.signal or signal.SIGTERM))
+                        bar.close()
+                        print(f"stopped by {caught.name} after step {number + 1} of {self.stage}; --resume goes on from there", file=sys.stderr)
+                    sys.exit(128 + caught)
         return meter

@@ -8,11 +8,12 @@
 
 a, b, c, d are no formulas: the model's own forward pass runs on this CPU in full width and bfloat16 autocast, with one and two
 layers, one and two samples, and every tensor that autograd keeps is counted once. A sample is the longest one: all its tokens, all
-its audios, a quarter of the tokens supervised. With --checkpoint-activations a layer keeps its inputs, and one layer at a time is
+its audios, a quarter of the tokens supervised; the clap stage takes its windows at once, a share of them on each GPU. With --checkpoint-activations a layer keeps its inputs, and one layer at a time is
 whole again. Not counted: what a kernel needs while it runs, and what the allocator and the driver keep; `CARDS` leaves 10 % for that.
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -22,7 +23,7 @@ from torch import nn
 
 from . import cli, data, text
 from .cli import flag
-from .config import PRESETS, STAGES, Config
+from .config import PRESETS, STAGES, Config, StageConfig
 from .engine import lighten
 from .stages import Everything
 
@@ -34,7 +35,7 @@ CAPTION = 64                                 # tokens of a window's caption in t
 class Args:
     preset: str = flag("af1", "dimensions", choices=tuple(PRESETS))
     processes: int = flag(8, "GPUs, for --shard")
-    micro_batch: int = flag(4, "samples (clap: windows) of one forward pass on one GPU")
+    micro_batch: int = flag(4, "samples of one forward pass on one GPU (clap does not split: its windows, shared among the GPUs)")
 
 
 def fixed(everything: Everything, stage: str, processes: int, shard: bool) -> int:
@@ -112,6 +113,12 @@ def batch_bytes(config: Config, stage: str, tokens: int, checkpointed: bool) -> 
     return lambda samples: a + b * layers + samples * (c + d * layers) + again_b + samples * again_d
 
 
+def pieces(c: StageConfig, processes: int, micro_batch: int) -> int:
+    """--accumulate, with which no forward pass has more samples than `micro_batch`: each part of a batch is split for itself."""
+    parts = max(1, min(data.PARTS, c.batch, c.batch_tokens // data.PART_TOKENS))
+    return math.ceil(c.batch // parts / processes / micro_batch)
+
+
 def card(need: float) -> str:
     return next((f"{size} GB" for size in CARDS if need <= 0.9 * size * 1e9), "-")
 
@@ -122,17 +129,18 @@ def main() -> None:
     config, n, m = PRESETS[args.preset], args.processes, args.micro_batch
     with torch.device("meta"):
         everything = Everything(config)
-    print(f"{'stage':10s}{'M learn':>9s} of M{'fixed':>11s}{'--shard':>9s}{f'batch of {m}':>13s}{'checkpointed':>14s}"
+    print(f"{'stage':10s}{'M learn':>9s} of M{'fixed':>11s}{'--shard':>9s}{'batch of':>13s}{'checkpointed':>19s}"
           f"   fits a card of   with both   --accumulate")
     for stage, c in STAGES[args.preset].items():
+        samples, accumulate = (m, pieces(c, n, m)) if stage != "clap" else (math.ceil(c.batch / n), "-")
         whole, shared = (fixed(everything, stage, n, shard) for shard in (False, True))
         learned = sum(p.numel() for p in everything.freeze_but(stage))
-        kept_all, kept_few = (batch_bytes(config, stage, c.max_tokens, few)(m) for few in (False, True))
+        kept_all, kept_few = (batch_bytes(config, stage, c.max_tokens, few)(samples) for few in (False, True))
         print(f"{stage:10s}{learned / 1e6:9.0f}{sum(p.numel() for p in everything.parameters()) / 1e6:5.0f}{whole / 1e9:11.1f}{shared / 1e9:9.1f}"
-              f"{kept_all / 1e9:13.1f}{kept_few / 1e9:14.1f}   {card(whole + kept_all):14s}   {card(shared + kept_few):9s}   "
-              f"{-(-c.batch // (n * m)) if stage != 'clap' else '-'}", flush=True)
+              f"{samples:7d}: {kept_all / 1e9:10.1f}{kept_few / 1e9:13.1f}   {card(whole + kept_all):14s}   {card(shared + kept_few):9s}   "
+              f"{accumulate}", flush=True)
     print(f"GB a process; {n} processes; T = {c.max_tokens} tokens, {config.representation.max_audios} audios of {config.audio.max_windows} windows; "
-          "--accumulate: pieces a step, for the preset's batch")
+          "--accumulate: for the preset's batch")
 
 
 if __name__ == "__main__":

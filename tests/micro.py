@@ -1,8 +1,9 @@
 """A preset that trains in seconds, for tests alone; as a script it is train.py with that preset and without evaluation.
 
-    python tests/micro.py [--double] [--die-at STAGE:STEP] FLAGS OF TRAIN.PY
+    python tests/micro.py [--double] [--kill STAGE:STEP | --stop STAGE:STEP | --spoil STAGE:STEP] FLAGS OF TRAIN.PY
 
---die-at kills it (of several processes the last) with SIGKILL before that step, --double computes in float64.
+--kill sends it (of several processes the last) SIGKILL before that step, --stop SIGTERM, --spoil makes that process's loss NaN from there
+on; --double computes in float64.
 
 `micro-still` is `micro` without dropout: what is dropped depends on how a batch is shared out.
 """
@@ -39,17 +40,22 @@ def train_module():
     return train
 
 
-def die_before(train, stage: str, step: int) -> None:
-    """kill -9 in the middle of a training: when step number `step` of `stage` wants to know its learning rate."""
-    from af_min import engine
-    rate = engine.rate
+def trouble(train, kind: str, stage: str, step: int) -> None:
+    """When step number `step` of `stage` wants to know its learning rate, on the last process, in its first attempt."""
+    from af_min import engine, stages
+    rate, loss = engine.rate, stages.TextStage.loss
 
-    def deadly_rate(now, settings):
-        last, first_attempt = int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+    def troubled(now, settings):
+        last = int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1
+        first_attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
         if settings == train.STAGES["micro"][stage] and now == step and last and first_attempt:
-            os.kill(os.getpid(), signal.SIGKILL)
+            if kind == "--spoil":
+                stages.TextStage.loss = lambda *rest: tuple(value * float("nan") for value in loss(*rest))
+            else:
+                engine.rate = rate                                                  # a step asks twice
+                os.kill(os.getpid(), {"--kill": signal.SIGKILL, "--stop": signal.SIGTERM}[kind])
         return rate(now, settings)
-    engine.rate = deadly_rate
+    engine.rate = troubled
 
 
 def in_double() -> None:
@@ -70,9 +76,9 @@ if __name__ == "__main__":
     if sys.argv[1] == "--double":
         in_double()
         del sys.argv[1]
-    if sys.argv[1] == "--die-at":
+    if sys.argv[1] in ("--kill", "--stop", "--spoil"):
         stage, step = sys.argv[2].split(":")
-        die_before(train, stage, int(step))
+        trouble(train, sys.argv[1], stage, int(step))
         del sys.argv[1:3]
     sys.argv[1:1] = ["--preset", "micro", "--no-evaluate"]
     train.cli.run(train.main)

@@ -2,14 +2,17 @@
 import dataclasses
 import json
 import math
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import micro
-from af_min import checkpoint, engine
+from af_min import checkpoint, config, data, engine
 from af_min.config import StageConfig
-from training import ROOT, STAGES, log, losses, spawn, train, weights
+from af_min.stages import Step
+from training import ROOT, STAGES, TRAIN, log, losses, spawn, train, weights
 
 # ---------------------------------------------------------------------- stages
 
@@ -78,6 +81,94 @@ def test_init_starts_from_another_runs_weights_and_tokenizer(trained, scenes_dat
     assert [(line["stage"], line["step"]) for line in log(new)] == [("sft", 0)]
 
 
+def test_a_stage_alone_goes_on_with_what_its_run_holds(trained, scenes_data, tmp_path, capsys):
+    """`--stage` after `--stage`, one name: the same as all at once. A run that holds nothing begins anew, and that is said."""
+    for stage in STAGES:
+        train(tmp_path, scenes_data, "--name", "run", "--stage", stage)
+    whole, run = trained[0], tmp_path / "runs" / "run"
+    assert all(torch.equal(value, weights(run / "model.safetensors")[name]) for name, value in weights(whole / "model.safetensors").items())
+    tower = weights(run / checkpoint.TEXT_TOWER)
+    assert all(torch.equal(tower[name], value) for name, value in weights(whole / checkpoint.TEXT_TOWER).items())
+    assert "learned nothing" not in capsys.readouterr().err
+    train(tmp_path, scenes_data, "--name", "other", "--stage", "sft", "--steps", 1)
+    assert "--stage sft without --init, and runs/other holds no model" in capsys.readouterr().err
+
+
+def test_a_new_training_leaves_nothing_of_an_older_one_of_its_name(trained, scenes_data, tmp_path):
+    """Else an old model would stand beside a new tokenizer, until the new one is done."""
+    train(tmp_path, scenes_data, "--name", "run", "--steps", 1)
+    run = tmp_path / "runs" / "run"
+    (run / "scores.json").touch()
+
+    def look(patch):
+        begin = engine.Trainer.__init__
+
+        def looking(self, *rest):
+            assert {path.name for path in run.iterdir()} <= {"config.json", "tokenizer.model", "log.jsonl"}
+            patch.setattr(engine.Trainer, "__init__", begin)
+            begin(self, *rest)
+        patch.setattr(engine.Trainer, "__init__", looking)
+    train(tmp_path, scenes_data, "--name", "run", "--steps", 1, before=look)
+
+
+@pytest.mark.parametrize("flags, preset", [
+    ([], "tiny"), (["--init", "own"], "micro"), (["--init", "converted"], "af1"), (["--init", "own", "--preset", "tiny"], "tiny"),
+    (["--lm", "x", "--clap", "y"], "af1"), (["--lm", "x", "--encoder", "own"], "tiny")])
+def test_training_settings_are_those_of_the_model_that_goes_on(tmp_path, monkeypatch, flags, preset):
+    """A converted checkpoint must not be tuned at the learning rate of the tiny preset."""
+    for name, training in (("own", {"args": {"preset": "micro"}}), ("converted", {"converted_from": "foundation.pt"})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").touch()
+        checkpoint.write_json(tmp_path / name / "config.json", {"model": {}, "training": training})
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags])
+    assert TRAIN.parse_arguments().preset == preset
+
+
+def test_af1_is_trained_as_released():
+    """Learning rate, global batch and its tokens, warm-up, then constant; AdamW's decay, clipping, tokens of a sample."""
+    for stage, lr, batch in (("pretrain", 1e-4, 384), ("sft", 2e-5, 128)):
+        c = config.STAGES["af1"][stage]
+        assert (c.lr, c.batch, c.batch_tokens, c.warmup, c.decay) == (lr, batch, batch * 512, 1875, False)
+        assert (c.weight_decay, c.clip, c.max_tokens) == (0.1, 1.0, 512)
+        samples = [data.Sample([0] * 512, [1] * 512, ())] * (20 * batch)
+        sizes = [sum(map(len, b)) for b in data.Mixture([data.Dataset("x", samples)], c.batch, c.batch_tokens, 0).epoch(0)]
+        assert sizes == [batch] * len(sizes), "samples of full length fill a batch"
+
+
+# ---------------------------------------------------------------------- what is told
+
+def test_the_footer_by_hand(monkeypatch):
+    """Two processes on an H100 took 4 s for two steps of 8e14 FLOP: 200 TFLOP/s each, of 989."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(engine, "peak_memory", lambda device: 61.25)
+    world, meter = engine.World(0, 2, torch.device("cuda")), engine.Meter("sft")
+    for _ in range(2):
+        meter.add(Step([], [1], samples=128, tokens=45_000, padded=50_000, flops=8e14), 2.0)
+    assert meter.line(2_222_000_000, world).strip() == (
+        "sft      2222.00 M learn, 2 steps of 2000 ms, 64 samples/s, 22500 tokens/s, padding 10.0%, 200000 GFLOP/s "
+        "(MFU 20.2% of NVIDIA H100 80GB HBM3), 61.25 GB")
+    everything = SimpleNamespace(model=torch.nn.Linear(999, 1000))
+    said = engine.footer(everything, ["a", "b"], 12.3, world).splitlines()
+    assert said[0].startswith("1.00 M parameters, 12 s on 2 x cuda") and f"torch {torch.__version__}, Python" in said[0] and said[1:] == ["a", "b"]
+
+
+def test_the_picture_is_drawn_while_training_goes_on(scenes_data, tmp_path):
+    """report.png is there before the last stage has begun."""
+    picture = tmp_path / "runs" / "run" / "report.png"
+
+    def before(patch):
+        patch.setattr(TRAIN.Drawing, "every", 0.0)
+        begin = engine.Trainer.__init__
+
+        def looking(self, stage, *rest):
+            assert picture.exists() == (stage != "clap")
+            begin(self, stage, *rest)
+        patch.setattr(engine.Trainer, "__init__", looking)
+    train(tmp_path, scenes_data, "--name", "run", "--steps", 1, before=before)
+    assert picture.stat().st_size > 10_000
+
+
 # ---------------------------------------------------------------------- processes, parts of a batch
 
 @pytest.fixture(scope="module")
@@ -125,7 +216,7 @@ def test_sharded_processes_move_the_same_weights_by_the_same_amount(alone, scene
     """FSDP2, float64: every weight of the stage (in sft every layer of the LM), no other; the run folder is a whole one."""
     flags = ["--init", alone, "--stage", stage, "--steps", 2]
     one(tmp_path, scenes_data, *flags, "--name", "one")
-    torchrun(tmp_path, 2, scenes_data, *flags, "--name", "two", "--shard", script=["--double"])
+    torchrun(tmp_path, 2, scenes_data, *flags, "--name", "two", "--shard", *["--checkpoint-activations"] * (stage == "sft"), script=["--double"])
     start, one_process, two = (weights(run / "model.safetensors") for run in (alone, tmp_path / "runs" / "one", tmp_path / "runs" / "two"))
     for name, value in one_process.items():
         own = ("model." + name).startswith(OWN[stage]) and "model." + name not in FIXED
@@ -151,7 +242,7 @@ def test_curves_of_one_two_and_three_processes_sharded_or_not(alone, scenes_data
 
 def test_torchrun_begins_again_at_the_last_checkpoint_when_a_process_dies(pair, scenes_data, tmp_path):
     """--max-restarts: the last process is killed before a step; the weights are those of two processes that lived, bit for bit."""
-    printed = torchrun(tmp_path, 2, scenes_data, "--name", "run", "--checkpoint-every", 2, script=["--die-at", "sft:3"], restarts=1)
+    printed = torchrun(tmp_path, 2, scenes_data, "--name", "run", "--checkpoint-every", 2, script=["--kill", "sft:3"], restarts=1)
     whole, restarted = (weights(run / "model.safetensors") for run in (pair, tmp_path / "runs" / "run"))
     assert "exitcode: -9" in printed and all(torch.equal(value, restarted[name]) for name, value in whole.items())
     assert losses(tmp_path / "runs" / "run") == losses(pair)
@@ -159,10 +250,53 @@ def test_torchrun_begins_again_at_the_last_checkpoint_when_a_process_dies(pair, 
 
 def test_sharded_processes_begin_again_too(alone, scenes_data, tmp_path):
     flags = ["--init", alone, "--stage", "sft", "--checkpoint-every", 2]
-    printed = torchrun(tmp_path, 2, scenes_data, *flags, "--name", "run", "--shard", script=["--die-at", "sft:3"], restarts=1)
+    printed = torchrun(tmp_path, 2, scenes_data, *flags, "--name", "run", "--shard", script=["--kill", "sft:3"], restarts=1)
     train(tmp_path, scenes_data, "--preset", "micro-still", *flags, "--name", "whole")
     assert "exitcode: -9" in printed
     same_curve(tmp_path / "runs" / "run", tmp_path / "runs" / "whole")
+
+
+def test_sharded_processes_that_are_stopped_go_on_as_others(alone, scenes_data, tmp_path):
+    """One of three gets SIGTERM: all stop after that step with a checkpoint. Two go on from it; without --shard it is no use."""
+    flags = ["--init", alone, "--stage", "sft", "--name", "run"]
+    command = ["--preset", "micro-still", "--data", scenes_data, *flags, "--shard"]
+    code, printed = spawn(tmp_path, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 3, ROOT / "tests" / "micro.py",
+                          "--stop", "sft:2", *command)
+    assert code == 1 and "stopped by SIGTERM after step 3 of sft" in printed and "exitcode  : 143" in printed, printed
+    assert checkpoint.find_checkpoint(tmp_path / "runs" / "run", STAGES)[1] == {"stage": "sft", "step": 3}
+    code, printed = spawn(tmp_path, ROOT / "tests" / "micro.py", *command, "--no-shard", "--resume")
+    assert code == 2 and "written with --shard; --resume goes on likewise" in printed.splitlines()[-1], printed
+    torchrun(tmp_path, 2, scenes_data, *flags, "--shard", "--resume")
+    train(tmp_path, scenes_data, "--preset", "micro-still", *flags[:4], "--name", "whole")
+    same_curve(tmp_path / "runs" / "run", tmp_path / "runs" / "whole")
+
+
+def test_a_loss_that_is_no_number_names_the_samples_of_the_process_that_met_it(alone, scenes_data, tmp_path):
+    code, printed = spawn(tmp_path, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, ROOT / "tests" / "micro.py",
+                          "--spoil", "sft:1", "--preset", "micro-still", "--data", scenes_data, "--init", alone, "--stage", "sft")
+    told = {line for line in printed.splitlines() if line.startswith("error: ")}
+    assert code == 1 and len(told) == 1 and "sft step 1: loss nan" in next(iter(told)), printed
+    batch = micro.STAGES["sft"].batch
+    assert 0 < next(iter(told)).count("; ") + 1 - 1 <= batch // 2 + 1, "half of the batch is not to blame"
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_gradients_are_sent_once_a_step(monkeypatch, sharded):
+    """Whatever the number of parts: one message with the losses and, if not sharded, one with all gradients."""
+    everything, sent, synced = torch.nn.Linear(3, 2), [], []
+    everything.freeze_but, everything.set_requires_gradient_sync = lambda stage: list(everything.parameters()), synced.append
+    monkeypatch.setattr(engine.dist, "all_reduce", lambda values: sent.append(values.numel()))
+    monkeypatch.setattr(engine, "shard", lambda *_: None)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: SimpleNamespace(full_tensor=lambda: 1.0) if sharded else 1.0)
+
+    def loss():
+        value = everything(torch.ones(3)).sum()
+        return value, value.detach()[None]
+    objective = SimpleNamespace(step=lambda number: Step([(["x"], loss)] * 4, [1], 4), tasks=["AQA"])
+    trainer = engine.Trainer("sft", everything, objective, micro.STAGES["sft"], SimpleNamespace(shard=sharded, seed=0),
+                             engine.World(0, 2, torch.device("cpu")))
+    trainer.step(0, SimpleNamespace(signal=0))
+    assert sent == ([3] if sharded else [3, 8]) and synced == ([False] * 3 + [True] if sharded else [])
 
 
 def test_recomputed_activations_change_nothing(alone, scenes_data, tmp_path):
@@ -181,7 +315,13 @@ def test_a_batch_in_two_parts_is_the_batch(alone, scenes_data, tmp_path):
     same_curve(tmp_path / "runs" / "run", alone)
 
 
-def test_padding_is_under_a_tenth_of_the_mixed_data(alone):
-    """Single, few-shot and dialogue samples in the batches of the stages that read them."""
-    lines = [line["padding"] for line in log(alone) if line["stage"] != "clap"]
-    assert sum(lines) / len(lines) < 0.1
+@pytest.mark.parametrize("stage", ["lm", "pretrain", "sft"])
+def test_padding_is_under_a_tenth_of_the_mixed_data(scenes_data, stage):
+    """Single, few-shot and dialogue samples, in the batches that the tiny preset makes of them."""
+    c, folders = config.STAGES["tiny"][stage], [(scenes_data, 1.0)]
+    tokenizer = TRAIN.make_tokenizer(folders, config.TINY.lm.vocab_size)
+    samples, tasks = data.tokenized(data.rows_of(scenes_data, "train", stage), tokenizer, c.max_tokens, stage == "lm")
+    mixture = data.Mixture([data.Dataset("x", samples, tasks)], c.batch, c.batch_tokens, seed=0)
+    parts = [[len(samples[i].ids) for _, i in part] for step in range(64) for part in mixture.batch(step)]
+    assert len(set(tasks)) > 5 and max(map(max, parts)) > 5 * min(map(min, parts))
+    assert sum(map(sum, parts)) > 0.9 * sum(len(part) * max(part) for part in parts)

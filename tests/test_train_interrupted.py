@@ -24,7 +24,7 @@ def test_killed_and_resumed_is_never_interrupted(trained, scenes_data, tmp_path)
     """kill -9 in the middle of two stages, between checkpoints: the same weights bit for bit, the same log."""
     flags = ["--data", scenes_data, "--checkpoint-every", 2, "--name", "cut"]
     for stage, more in (("clap:3", []), ("sft:3", ["--resume"])):
-        code, printed = spawn(tmp_path, ROOT / "tests" / "micro.py", "--die-at", stage, *flags, *more)
+        code, printed = spawn(tmp_path, ROOT / "tests" / "micro.py", "--kill", stage, *flags, *more)
         assert code == -signal.SIGKILL, printed
     run = tmp_path / "runs" / "cut"
     assert checkpoint.find_checkpoint(run, STAGES)[1] == {"stage": "sft", "step": 2}

@@ -50,7 +50,7 @@ def test_stages_whose_work_is_done_are_left_out_and_a_kill_does_not_change_that(
     train(tmp_path, scenes_data, *flags, "--name", "whole")
     whole = tmp_path / "runs" / "whole"
     assert sorted({line["stage"] for line in log(whole)}) == ["pretrain", "sft"]
-    code, printed = spawn(tmp_path, micro.__file__, "--die-at", "pretrain:3", "--data", scenes_data, "--checkpoint-every", 2, "--name", "cut", *flags)
+    code, printed = spawn(tmp_path, micro.__file__, "--kill", "pretrain:3", "--data", scenes_data, "--checkpoint-every", 2, "--name", "cut", *flags)
     assert code < 0, printed
     run_main(TRAIN, tmp_path, ["--resume", "--name", "cut"])                       # its flags are remembered
     resumed, whole = (weights(tmp_path / "runs" / name / "model.safetensors") for name in ("cut", "whole"))
