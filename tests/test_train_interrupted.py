@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import micro
 from af_min import checkpoint, engine
 from training import ROOT, STAGES, log, losses, spawn, train, weights
 
@@ -109,39 +110,40 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_it_used(trained, scenes
     assert all(torch.equal(whole[name], resumed[name]) for name in whole) and losses(run) == losses(trained[0])
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_stops_after_the_step_with_a_checkpoint(trained, scenes_data, tmp_path, capsys, number):
+@pytest.mark.parametrize("number, step", [(signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGTERM, micro.STEPS - 1)])
+def test_a_signal_stops_after_the_step_with_a_checkpoint(trained, scenes_data, tmp_path, capsys, number, step):
+    """Also after the last step of a stage that is not the last."""
     def before(patch):
         rate = engine.rate
 
-        def signalled(step, c):
-            if step == 1 and not (tmp_path / "sent").exists():
+        def signalled(now, c):
+            if now == step and not (tmp_path / "sent").exists():
                 (tmp_path / "sent").touch()
                 os.kill(os.getpid(), number)
-            return rate(step, c)
+            return rate(now, c)
         patch.setattr(engine, "rate", signalled)
     with pytest.raises(SystemExit) as stop:
         train(tmp_path, scenes_data, "--name", "x", "--checkpoint-every", 100, before=before)
     lines = [line for line in capsys.readouterr().err.splitlines() if "stopped" in line]
-    assert stop.value.code == 128 + number and len(lines) == 1 and "after step 2 of clap" in lines[0]
-    assert checkpoint.find_checkpoint(tmp_path / "runs" / "x", STAGES)[1] == {"stage": "clap", "step": 2}
+    assert stop.value.code == 128 + number and len(lines) == 1 and f"after step {step + 1} of clap" in lines[0]
+    assert checkpoint.find_checkpoint(tmp_path / "runs" / "x", STAGES)[1] == {"stage": "clap", "step": step + 1}
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     train(tmp_path, scenes_data, "--name", "x", "--resume")
     whole, resumed = (weights(r / "model.safetensors") for r in (trained[0], tmp_path / "runs" / "x"))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
-def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(trained, scenes_data, tmp_path, capsys):
-    """Files may not grow beyond 40 kB from step 3 on, which is what a full disk looks like to those who write."""
-    def before(patch):
-        rate = engine.rate
+@pytest.mark.parametrize("largest, reached", [(40_000, 2), (600, 2), (200_000, 5)], ids=["checkpoint", "log", "final weights"])
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(scenes_data, tmp_path, capsys, largest, reached):
+    """From step 3 on, or when training is done, files may not grow beyond a size: what a full disk looks like to those who write."""
+    def fill(*_):
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest, resource.RLIM_INFINITY))
 
-        def full(step, c):
-            if step == 2:
-                signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-                resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, resource.RLIM_INFINITY))
-            return rate(step, c)
-        patch.setattr(engine, "rate", full)
+    def before(patch):
+        rate, save = engine.rate, checkpoint.save_run
+        patch.setattr(engine, "rate", lambda step, c: (fill() if step == reached else None) or rate(step, c))
+        patch.setattr(checkpoint, "save_run", lambda *rest: fill() or save(*rest))
     try:
         with pytest.raises(SystemExit) as stop:
             train(tmp_path, scenes_data, "--name", "x", "--stage", "clap", "--steps", 5, before=before)
@@ -149,9 +151,10 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(trained, scenes_d
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     errors = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
     assert stop.value.code == 2 and len(errors) == 1 and "runs/x: cannot be written" in errors[0]
-    assert checkpoint.find_checkpoint(tmp_path / "runs" / "x", STAGES)[1]["step"] == 2
+    assert checkpoint.find_checkpoint(tmp_path / "runs" / "x", STAGES)[1]["step"] == reached
     train(tmp_path, scenes_data, "--name", "x", "--resume")
     assert [line["step"] for line in log(tmp_path / "runs" / "x")] == list(range(5))
+    assert (tmp_path / "runs" / "x" / "model.safetensors").exists()
 
 
 def test_a_loss_that_is_no_number_names_the_samples(trained, scenes_data, tmp_path, capsys):
