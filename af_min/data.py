@@ -7,6 +7,7 @@ the steps before it, and a resumed run sees what the interrupted one would have 
 """
 from __future__ import annotations
 
+import bisect
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -116,7 +117,8 @@ class Mixture:
         mean = sum(d.weight / total * n.mean() for d, n in zip(datasets, self.lengths) if len(n))
         epoch = EPOCH_BATCHES * min(max_samples, max(1, int(max_tokens / mean)))
         self.takes = [max(1, round(epoch * d.weight / total)) if d.samples else 0 for d in datasets]
-        self._epochs: list[list[list[list[tuple[int, int]]]]] = []
+        self._ends: list[int] = []     # of each virtual epoch met so far: the step after its last; the batches of the latest alone are kept
+        self._latest: tuple[int, list] = -1, []
 
     def _stream(self, d: int, first: int, count: int) -> list[int]:
         """Elements first .. first + count - 1 of data set d's endless stream."""
@@ -145,14 +147,13 @@ class Mixture:
 
     def batch(self, step: int) -> list[list[tuple[int, int]]]:
         """The global batch of a step (0, 1, ...), the same on every process."""
-        first = 0
-        for number in range(step + 1):
-            if number == len(self._epochs):
-                self._epochs.append(self.epoch(number))
-            if step < first + len(self._epochs[number]):
-                return self._epochs[number][step - first]
-            first += len(self._epochs[number])
-        raise AssertionError("unreachable: every virtual epoch has a batch")
+        while not self._ends or self._ends[-1] <= step:
+            self._latest = len(self._ends), self.epoch(len(self._ends))
+            self._ends.append(sum(self._ends[-1:]) + len(self._latest[1]))
+        number = bisect.bisect(self._ends, step)
+        if number != self._latest[0]:
+            self._latest = number, self.epoch(number)
+        return self._latest[1][step - self._ends[number]]      # counted from the end
 
     def collate(self, places: list[tuple[int, int]], pad_id: int, width: int) -> Batch:
         return collate([(self.datasets[d].samples[i], self.datasets[d].store) for d, i in places], pad_id, width)

@@ -1,4 +1,5 @@
 """data.py: the mixture's order depends on the seed and the step alone, weights are respected, a batch is what its samples are."""
+import pickle
 from collections import Counter
 
 import numpy as np
@@ -42,6 +43,13 @@ def test_a_batch_depends_on_the_seed_and_the_step_alone():
     torch.rand(1), np.random.rand(1)
     assert batches(Mixture(sets, 16, 400, seed=3), 150) == walked
     assert batches(Mixture(sets, 16, 400, seed=4), 20) != walked[:20]
+
+
+def test_a_long_training_does_not_keep_the_batches_behind_it():
+    """100 000 batches of 384 samples would be gigabytes."""
+    mixture = Mixture([dataset("a", 300)], 16, 400, seed=0)
+    held = [len(pickle.dumps(mixture)) for step in range(400) if mixture.batch(step)]
+    assert max(held) < 1.1 * held[0]
 
 
 @pytest.mark.parametrize("count, max_samples, max_tokens", [(300, 16, 10**9), (37, 4, 10**9), (1, 8, 400), (500, 1000, 400), (7, 64, 10**9)])

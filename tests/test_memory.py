@@ -2,15 +2,16 @@
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import micro
-from af_min import memory
-from af_min.config import StageConfig
+from af_min import data, memory
+from af_min.config import STAGES, StageConfig
 from af_min.engine import Trainer, World
-from af_min.stages import Everything, Step
+from af_min.stages import Everything, Step, TextStage
 
 MICRO = replace(micro.STILL, audio_id=micro.STILL.lm.vocab_size - 1)
 STAGE = StageConfig(steps=1, lr=1e-3, warmup=1, batch=2, batch_tokens=128)
@@ -63,6 +64,23 @@ def test_a_line_through_small_models_meets_a_larger_one(checkpointed):
                  - memory.batch_bytes(replace(config, lm=replace(config.lm, layers=3)), "sft", 64, False)(3))
         line -= layer
     assert line == pytest.approx(whole, rel=0.02)
+
+
+@pytest.mark.parametrize("stage, processes, micro_batch, expected", [
+    ("pretrain", 8, 4, 3), ("sft", 8, 4, 1), ("sft", 8, 1, 4), ("pretrain", 3, 5, 7), ("pretrain", 1, 1000, 1)])
+def test_accumulate_holds_every_forward_pass_to_its_samples(stage, processes, micro_batch, expected):
+    """Against the pieces that TextStage makes of a batch of the mixture."""
+    c = STAGES["af1"][stage]
+    assert memory.pieces(c, processes, micro_batch) == expected
+
+    def largest(accumulate):
+        samples = [data.Sample([0] * 512, [1] * 512, ())] * (20 * c.batch)
+        mixture = data.Mixture([data.Dataset("x", samples, ["x"] * len(samples))], c.batch, c.batch_tokens, 0)
+        stage = TextStage.__new__(TextStage)
+        vars(stage).update(mixture=mixture, world=World(0, processes, None), accumulate=accumulate, in_step=False, tasks=["x"], flops=(0, 0),
+                           task_of=[np.zeros(len(samples), int)], answers_of=[np.ones(len(samples), int)])
+        return max(len(names) for names, _ in stage.step(0).parts)
+    assert largest(expected) <= micro_batch and (expected == 1 or largest(expected - 1) > micro_batch)
 
 
 def test_cards():
