@@ -111,7 +111,7 @@ def parse_arguments() -> Args:
         raise UserError("--shard spreads the model over processes: start them with torchrun --nproc_per_node N train.py --shard")
     for flag_name in ("init", "encoder"):
         folder = getattr(args, flag_name)
-        if folder and not (Path(folder) / "model.safetensors").exists():
+        if folder and not args.resume and not (Path(folder) / "model.safetensors").exists():
             raise UserError(f"--{flag_name} {folder}: no trained model there (model.safetensors is missing)")
     if (args.clap or args.encoder) and not args.lm:
         raise UserError("--clap and --encoder are the ears of a new model on --lm DIR; with --init RUN a whole model goes on learning")

@@ -260,6 +260,7 @@ class Trainer:
                     caught = signal.Signals(stop.signal or signal.SIGTERM)                # or by another process
                     if world.rank == 0:
                         bar.close()
-                        print(f"stopped by {caught.name} after step {number + 1} of {self.stage}; --resume goes on from there", file=sys.stderr)
+                        print(f"stopped by {caught.name} after step {number + 1} of {self.stage}; --resume goes on from there",
+                              file=sys.stderr)
                     sys.exit(128 + caught)
         return meter

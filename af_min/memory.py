@@ -8,8 +8,9 @@
 
 a, b, c, d are no formulas: the model's own forward pass runs on this CPU in full width and bfloat16 autocast, with one and two
 layers, one and two samples, and every tensor that autograd keeps is counted once. A sample is the longest one: all its tokens, all
-its audios, a quarter of the tokens supervised; the clap stage takes its windows at once, a share of them on each GPU. With --checkpoint-activations a layer keeps its inputs, and one layer at a time is
-whole again. Not counted: what a kernel needs while it runs, and what the allocator and the driver keep; `CARDS` leaves 10 % for that.
+its audios, a quarter of the tokens supervised; the clap stage takes its windows at once, a share of them on each GPU. With
+--checkpoint-activations a layer keeps its inputs, and one layer at a time is whole again. Not counted: what a kernel needs while it
+runs, and what the allocator and the driver keep; `CARDS` leaves 10 % for that.
 """
 from __future__ import annotations
 

@@ -69,10 +69,10 @@ def test_a_new_training_does_not_resume_an_older_one_of_its_name(trained, scenes
 
 @pytest.mark.slow
 def test_twenty_kills_at_random_moments(scenes_data, tmp_path):
-    """Also while a checkpoint is written, which is after every step."""
-    rng, run, kills = random.Random(0), tmp_path / "runs" / "cut", 0
-    train(tmp_path, scenes_data, "--name", "whole", "--steps", 15)
-    flags = ["--name", "cut", "--preset", "micro", "--no-evaluate", "--data", str(scenes_data), "--checkpoint-every", "1", "--steps", "15"]
+    """Ten at any moment, ten while a checkpoint is written, which is after every step."""
+    rng, run, kills, torn = random.Random(0), tmp_path / "runs" / "cut", 0, 0
+    train(tmp_path, scenes_data, "--name", "whole", "--steps", 25)
+    flags = ["--name", "cut", "--preset", "micro", "--no-evaluate", "--data", str(scenes_data), "--checkpoint-every", "1", "--steps", "25"]
     command = [sys.executable, str(ROOT / "tests" / "micro.py"), *flags]
     while kills < 20:
         reached = len(log(run)) if checkpoint.find_checkpoint(run, STAGES) else 0
@@ -86,11 +86,14 @@ def test_twenty_kills_at_random_moments(scenes_data, tmp_path):
                 if (run / "checkpoint" / "state.json").read_bytes() != seen:
                     break
             time.sleep(0.002)
-        time.sleep(rng.uniform(0, 0.05))
+        while kills % 2 and not (run / "checkpoint.partial").exists() and process.poll() is None:
+            pass
+        time.sleep(rng.uniform(0, 0.002 if kills % 2 else 0.05))
         assert process.poll() is None, f"the run ended before it was killed the {kills + 1}th time"
         process.kill()
         process.wait()
-        kills += 1
+        kills, torn = kills + 1, torn + (run / "checkpoint.partial").exists()
+    assert torn, "no kill fell into the writing of a checkpoint"
     train(tmp_path, scenes_data, "--name", "cut", "--resume")
     whole, resumed = (weights(r / "model.safetensors") for r in (tmp_path / "runs" / "whole", run))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole) and losses(run) == losses(tmp_path / "runs" / "whole")
