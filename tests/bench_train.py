@@ -56,7 +56,7 @@ class Bench:
         self.model, self.mixture, self.pad_id = model, self.stage.mixture, tokenizer.pad_id
         self.optimizer = torch.optim.AdamW([p for p in everything.parameters() if p.requires_grad], lr=0.0, fused=True)
         self.slots = max(len(s.audios) for d in self.mixture.datasets for s in d.samples)
-        self.max_tokens = c.max_tokens
+        self.max_tokens, self.noise = c.max_tokens, torch.randn(1, model.config.audio.window_samples) * 0.1
 
     def collate(self, parts):
         return [self.mixture.collate(part, self.pad_id, self.model.config.clap.out_width) for part in parts]
@@ -81,7 +81,7 @@ class Bench:
                     room = self.max_tokens - ids.shape[1]
                     ids, labels = F.pad(ids, (0, room), value=self.pad_id), F.pad(labels, (0, room), value=data.IGNORE)
                 if "encode" in released:
-                    m.encode(torch.randn(len(ids) * self.slots * m.config.audio.max_windows, m.config.audio.window_samples) * 0.1)
+                    m.encode(self.noise.expand(len(ids) * self.slots * m.config.audio.max_windows, -1))
                 if "slots" in released:
                     windows = torch.randn(len(ids) * self.slots, m.config.audio.max_windows, windows.shape[-1])
                     counts = torch.full((len(ids), self.slots), m.config.audio.max_windows)
