@@ -1,6 +1,7 @@
 """Train Audio Flamingo, every stage.
 
     python train.py                          everything from nothing: embedded data, preset tiny, all stages, scores
+                                             (the README tells its time on two CPU cores and shows the table that it ends with)
     python train.py --resume                 go on where an interrupted training stopped, with the flags it was started with
     python train.py --stage sft --init runs/tiny --data data/mine --name mine
     python train.py --lm smollm2 --encoder runs/tiny --name smol            on a published language model; or with --clap FILE

@@ -184,23 +184,16 @@ def draw_mask(axes, model: AudioFlamingo, ids: list[int], audio: Audio, answers:
 
 # ---------------------------------------------------------------------- whole pictures
 
-def answer_axes(figure, grid):
-    """Three panels over one time axis: log-mel, windows, attention."""
-    rows = grid.subgridspec(3, 1, height_ratios=(5, 1.6, 5))
-    top = figure.add_subplot(rows[0])
-    strip, bottom = figure.add_subplot(rows[1], sharex=top), figure.add_subplot(rows[2], sharex=top)
-    for axes in (top, strip):
-        axes.tick_params(labelbottom=False, bottom=axes is top)
-    for spine in strip.spines.values():
-        spine.set_visible(False)
-    return top, strip, bottom
-
-
 def draw_answer(figure, grid, model: AudioFlamingo, tokenizer: Tokenizer, heard: Heard, prompt: list[int], answer: list[int],
                 audio: Audio) -> None:
-    """Log-mel of the recording asked about (the last audio of the prompt), its windows, and where each word looked."""
+    """Three panels over one time axis: log-mel of the recording asked about (the prompt's last), its windows, where each word looked."""
     c, count = model.config.audio, int(audio.n_windows_BN[0, audio.n_windows_BN[0] > 0][-1])
-    top, strip, bottom = answer_axes(figure, grid)
+    rows = grid.subgridspec(3, 1, height_ratios=(5, 1.6, 5))
+    top = figure.add_subplot(rows[0])
+    strip, bottom = (figure.add_subplot(row, sharex=top) for row in (rows[1], rows[2]))
+    for axes in (top, strip):
+        axes.tick_params(labelbottom=False, bottom=axes is top)
+    strip.spines[:].set_visible(False)
     draw_log_mel(top, model, heard, f"{plain(Path(heard.path).name, 50)}: {heard.recording.seconds:.2f} s as log-mel")
     draw_windows(strip, c, len(heard.windows_WD))
     spoken, share = word_attention(model, tokenizer, prompt, answer, audio) if answer else (["(nothing)"], np.zeros((1, count)))
