@@ -9,7 +9,7 @@ from af_min import checkpoint
 from af_min.pretrained_lm import load_lm
 from test_pretrained_lm import LLAMA, state_of, write_folder
 from test_pretrained_text import byte_level
-from training import TRAIN, log, losses, run_main, spawn, train, weights
+from training import TRAIN, log, run_main, spawn, train, weights
 
 
 @pytest.fixture(scope="module")
