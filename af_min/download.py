@@ -40,6 +40,7 @@ TRIES, PAUSE = 5, 2.0       # attempts that bring not one byte before giving up;
 TIMEOUT = 60.0              # s without a byte
 RESERVE = 1 << 28           # bytes of a disk that are left alone
 BOMB_FLOOR, BOMB_RATIO = 1 << 29, 100      # bytes that any archive may hold, and beyond that how many times its own size
+PART = re.compile(r"\.z\d\d+")            # of a zip in parts, the last of which ends in .zip
 ARCHIVES = (".zip", ".7z", ".tar", ".tar.gz", ".tgz")
 DAMAGED = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, struct.error, EOFError, OSError, RuntimeError,
            ValueError)
@@ -49,17 +50,19 @@ ALL32, ALL16 = 0xFFFFFFFF, 0xFFFF          # zip: "the value stands in the 64-bi
 
 @dataclass(frozen=True)
 class File:
-    """One published file. `checksum`: its md5 or sha256 in hexadecimal, "" where none is published."""
+    """One published file. `checksum`: its md5 or sha256 in hexadecimal, "" where none is published. `saved_as`: the name that the
+    server gives it where the address has another one."""
     url: str
     checksum: str = ""
+    saved_as: str = ""
 
     @property
     def name(self) -> str:
-        return urllib.parse.unquote(self.url.rsplit("/", 1)[1])
+        return self.saved_as or urllib.parse.unquote(self.url.rsplit("/", 1)[1])
 
     @property
     def packed(self) -> bool:
-        return is_archive(self.name) or bool(re.search(r"\.z\d\d+$", self.name))
+        return is_archive(self.name) or bool(PART.fullmatch(Path(self.name).suffix))
 
 
 class WrongChecksum(UserError):
@@ -146,7 +149,7 @@ def _receive(url: str, part: Path, quiet: bool) -> None:
         need_space(part.parent, int(length or 0), f"{part.name.removesuffix('.part')} from {url}")
         with open(part, "ab" if have else "wb") as out, tqdm(desc=part.stem, total=total, initial=have, unit="B", unit_scale=True,
                                                              leave=False, disable=quiet, mininterval=0.5) as bar:
-            while block := answer.read(1 << 18):
+            while block := answer.read1(1 << 18):                      # what is there, not only when all of it is
                 out.write(block)
                 bar.update(len(block))
     if total is not None and _size(part) != total:
@@ -195,7 +198,8 @@ class _Guard:
 def _unpack_members(archive: Path, folder: Path) -> None:
     with contextlib.ExitStack() as stack:
         if archive.name.lower().endswith(".zip"):
-            parts = sorted(archive.parent.glob(archive.stem + ".z[0-9]*"), key=lambda path: int(path.suffix[2:]))
+            parts = sorted((path for path in archive.parent.iterdir() if path.stem == archive.stem and PART.fullmatch(path.suffix)),
+                           key=lambda path: int(path.suffix[2:]))
             size = sum(map(_size, [*parts, archive]))
             file = _join([stack.enter_context(open(path, "rb")) for path in [*parts, archive]])
             members = list(_zip_members(stack.enter_context(zipfile.ZipFile(file))))

@@ -8,7 +8,8 @@ from pathlib import Path
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """`cut`: after how many bytes the line breaks, request by request; `status`: answer with that instead; `ranges`: can continue."""
+    """`cut`: after how many bytes the line breaks, request by request; `status`: answer with that instead; `ranges`: can continue;
+    `stall`: fall silent for so many seconds after 100 bytes, once."""
 
     def __init__(self, *args, folder: Path, state: "State", **kwargs):
         self.folder, self.state = folder, state
@@ -35,6 +36,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_response(200)
         self.send_header("Content-Length", str(len(data) - first))
         self.end_headers()
+        if state.stall:
+            self.wfile.write(data[first:first + 100])
+            threading.Event().wait(state.__dict__.pop("stall"))
+            return
         self.wfile.write(data[first:][:state.cut.pop(0)] if state.cut else data[first:])
 
     def log_message(self, *args):
@@ -42,6 +47,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 class State:
+    stall = 0.0
+
     def __init__(self):
         self.cut, self.status, self.ranges, self.requests = [], [], True, []
 

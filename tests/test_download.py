@@ -100,6 +100,27 @@ def test_errors_of_the_server(site):
         fetch(File("http://127.0.0.1:9/nobody.zip"), folder)
 
 
+def test_pauses_double_until_something_comes_and_a_silent_server_is_left(site, monkeypatch):
+    url, state, folder = site
+    pauses = []
+    monkeypatch.setattr(download, "PAUSE", 2.0)
+    monkeypatch.setattr(download, "TIMEOUT", 0.2)
+    monkeypatch.setattr(download.time, "sleep", pauses.append)
+    state.status, state.stall = [503, 503, 503], 1.0
+    assert fetch(File(url, MD5), folder).read_bytes() == DATA
+    assert pauses == [2, 4, 8, 2] and [request[1] for request in state.requests] == [None] * 4 + ["bytes=100-"]
+    state.status, pauses[:] = [503] * 9, []
+    with pytest.raises(UserError, match="not to be had"):
+        fetch(File(url), folder / "again")
+    assert pauses == [2, 4, 8, 16]
+
+
+def test_progress_is_shown(site, capsys):
+    url, _, folder = site
+    fetch(File(url, MD5), folder)
+    assert "a file.bin" in (shown := capsys.readouterr().err) and "300k" in shown
+
+
 def test_a_mirror(site):
     url, state, folder = site
     assert fetch(File("https://example.invalid/x/a%20file.bin", MD5), folder, url.rsplit("/", 1)[0] + "/").read_bytes() == DATA
