@@ -17,13 +17,15 @@ from tqdm import tqdm
 from af_min import cli, datasets, folder, manifest, scenes
 from af_min.cli import UserError, flag
 
+MAX_RATE = 655_350      # Hz
+
 
 @dataclass(frozen=True)
 class Args:
     dataset: str = flag("scenes", "which data set", choices=("scenes", "folder", *datasets.TABLE))
     source: str = flag("", "where your recordings and the CSV are, or a public data set's archives or unpacked files")
     mirror: str = flag("", "another address that has a public data set's files")
-    limit: int = flag(0, "recordings of each split of a public data set; 0: all")
+    limit: int = flag(0, "recordings of each published split (in all, if there is none); 0: all")
     labels_from_names: bool = flag(False, "folder: without a CSV, the answer is the file's name")
     sample_rate: int = flag(44_100, "Hz of the stored recordings")
     out: str = flag("", "where to write; data/<dataset> if not given")
@@ -45,6 +47,8 @@ def prepare_scenes(out: Path, seed: int = 0, sizes: scenes.Sizes = scenes.Sizes(
 def main() -> None:
     args = cli.parse(Args, description=__doc__)
     cli.at_least(args, seed=0, sample_rate=1000, limit=0)
+    if args.sample_rate > MAX_RATE:
+        raise UserError(f"--sample-rate {args.sample_rate}: expected {MAX_RATE} or less, which is what flac can hold")
     out = Path(args.out or f"data/{args.dataset}")
 
     def progress(items, what="recordings"):

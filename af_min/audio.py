@@ -13,6 +13,7 @@ The encoder looks at the power spectrum on the mel scale, in decibels. With fram
 """
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ EXTENSIONS = (".wav", ".flac", ".ogg", ".oga", ".mp3")
 MIN_SECONDS = 0.1          # shorter recordings hold nothing that a window could show
 SILENT_PEAK = 2.0 ** -16   # of full scale: half a step of a 16-bit file
 POWER_FLOOR = 1e-10        # -100 dB
+NOT_UTF8 = re.compile("[\udc80-\udcff]")     # how Python spells such bytes in the name of a file
 
 
 class AudioError(UserError):
@@ -100,10 +102,13 @@ def _open(path) -> soundfile.SoundFile:
     if Path(path).stat().st_size == 0:
         raise AudioError(path, "empty", "the file has 0 bytes")
     try:
-        file = soundfile.SoundFile(path)
+        with open(path, "rb") as head:
+            if head.read(23) == b"version https://git-lfs":
+                raise AudioError(path, "unreadable", "a Git LFS pointer in place of the recording; get it with `git lfs pull`")
+        file = soundfile.SoundFile(os.fsencode(path) if NOT_UTF8.search(str(path)) else path)
         if file.format == "RAW":                                # any bytes, for libsndfile, where the name ends in .au
             raise TypeError("no header")
-    except (soundfile.SoundFileError, TypeError) as error:      # TypeError: a headerless format by its name
+    except (soundfile.SoundFileError, TypeError, OSError) as error:      # TypeError: a headerless format by its name
         raise AudioError(path, "unreadable", f"not an audio file that libsndfile knows ({error})") from None
     if file.frames == 0:
         _check_truncation(path, file)

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import errno
 import os
 import sys
 import typing
@@ -53,7 +54,8 @@ def at_least(args, **limits: float) -> None:
 
 
 def run(main) -> None:
-    """Call `main()`; a UserError becomes one line and exit code 2, Ctrl-C exit code 130, a closed pipe silence."""
+    """Call `main()`; a UserError, a full disk and a missing permission become one line and exit code 2, Ctrl-C exit code 130, a
+    closed pipe silence."""
     try:
         main()
     except UserError as error:
@@ -65,3 +67,8 @@ def run(main) -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        print(f"error: {error.filename or 'writing'}: {error.strerror}", file=sys.stderr)
+        sys.exit(2)

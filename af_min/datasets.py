@@ -62,7 +62,8 @@ TABLE = {
         1991, gigabytes=3.1),
     "esc50": DataSet(
         readers.esc50, "sound events", "CC BY-NC 3.0", "Piczak, ESC: dataset for environmental sound classification, ACM MM 2015",
-        "https://github.com/karolpiczak/ESC-50", _files("https://github.com/karolpiczak/ESC-50/archive", "- master.zip"),
+        "https://github.com/karolpiczak/ESC-50",
+        (File("https://github.com/karolpiczak/ESC-50/archive/master.zip", saved_as="ESC-50-master.zip"),),
         2000, 2.8, 0.6),
     "nsynth": DataSet(
         readers.nsynth, "instruments, sources, qualities", "CC BY 4.0",
@@ -136,7 +137,7 @@ TABLE = {
         _files("https://huggingface.co/datasets/google/MusicCaps/resolve/main", "- musiccaps-public.csv"), 5521, 15.3,
         bring="{ytid}.wav (or flac, ogg, mp3), start_s to end_s of each video in the table"),
     "wavcaps": DataSet(
-        readers.wavcaps, "captioning", ASK_PAGE, "Mei et al., WavCaps, arXiv 2303.17395",
+        readers.wavcaps, "captioning", "academic use only; clips: each its source's", "Mei et al., WavCaps, arXiv 2303.17395",
         "https://huggingface.co/datasets/cvssp/WavCaps", sum((_files(
             f"https://huggingface.co/datasets/cvssp/WavCaps/resolve/85a0c21e26fa7696a5a74ce54fada99a9b43c6de/json_files/{name}",
             f"- {table}_final.json") for name, table in (
@@ -165,7 +166,9 @@ def prepare(name: str, out, source: str = "", mirror: str = "", limit: int = 0, 
     """
     entry, report, out = TABLE[name], folder.Report(), Path(out)
     work = out.parent / "downloads" / name
-    print(f"{name}: licence: {entry.licence}; please cite: {entry.cite}; {entry.page}", flush=True)
+    if entry.files:
+        print(f"{name}: licence: {entry.licence}; please cite: {entry.cite}; {entry.page}", flush=True)
+    manifest.check_replaceable(out)
     if entry.bring and not source:
         raise UserError(f"--dataset {name}: its recordings are not published with it ({entry.page}); give the folder of yours as "
                         f"--source. Names: {entry.bring}")
@@ -218,23 +221,29 @@ def _gather(entry: DataSet, work: Path, source: str, mirror: str, progress: Call
     return [path for path in paths if is_archive(path.name)], published
 
 
-def _resolved(name: str, entries: Iterator[dict], found: readers.Source) -> list[dict]:
+def _resolved(dataset: str, entries: Iterator[dict], found: readers.Source) -> list[dict]:
     """The entries with `file` as it is on disk; those without a file go into the report."""
-    kept, missing = [], {}
+    kept, missing, problems = [], {}, found.report.problems
     try:
         for item in entries:
-            file = found.find(item["file"])
+            where, split, name = item.pop("where", item["file"]), item["split"], item["file"]
+            try:
+                manifest.check_row({**item, "audio": name[1:] if str(name).startswith("/") else name}, where)
+            except UserError as error:
+                problems["row that is malformed"].append(str(error))
+                continue
+            file = found.find(name)
             if not file:
-                missing[item["file"]] = True
-            elif (item["split"] or "train").lower() not in folder.SPLIT_NAMES:
-                found.report.problems["row with a split that is not train, val or test"].append(f"{file} ({item['split'][:20]})")
+                missing[name] = True
+            elif split and str(split).lower() not in folder.SPLIT_NAMES:
+                problems["row with a split that is not train, val or test"].append(f"{where} ({split!s:.20})")
             else:
-                kept.append({**item, "file": file, "split": folder.SPLIT_NAMES.get(item["split"].lower(), "")})
+                kept.append({**item, "file": file, "split": folder.SPLIT_NAMES[split.lower()] if split else ""})
     except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{name}: a table is not laid out as published ({type(error).__name__}: {error}); fetch it again") from None
-    found.report.problems["recording that is not there"] += missing
+        raise UserError(f"{dataset}: a table is not laid out as published ({type(error).__name__}: {error}); fetch it again") from None
+    problems["recording that is not there"] += missing
     return kept
 
 

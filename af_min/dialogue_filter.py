@@ -99,7 +99,8 @@ def draw(path: Path, own: np.ndarray, other: np.ndarray, threshold: float) -> No
 
 def main() -> None:
     args = cli.parse(Args, description=__doc__)
-    folder, run, card = Path(args.data), Path(args.run), manifest.read_card(args.data)
+    folder, run = Path(args.data), Path(args.run)
+    manifest.read_card(folder)
     picture = Path(args.plot or run / f"similarity-{folder.name}.png")
     if picture.suffix not in (".png", ".pdf", ".svg") or not picture.absolute().parent.is_dir():
         raise UserError(f"--plot {picture}: expected a name that ends with .png, .pdf or .svg, in a folder that exists")
@@ -120,8 +121,7 @@ def main() -> None:
     if args.threshold > -1:
         good = kept(dialogues, own, args.threshold)
         manifest.write_rows(folder / "train.jsonl", [row for row in rows if "turns" not in row] + good)
-        manifest.write_card(folder, **{**{k: v for k, v in card.items() if k not in ("splits", "hours", "sha256")},
-                                       "dialogue_filter": args.threshold})
+        manifest.update_card(folder, dialogue_filter=args.threshold)
         print(f"{sum(len(row['turns']) for row in good)} turns of {len(good)} dialogues stay; "
               f"{len(dialogues) - len(good)} dialogues are dropped whole; {np.mean(flat_other >= args.threshold):.0%} would stay "
               "with another recording")

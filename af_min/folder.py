@@ -4,7 +4,8 @@
       labels.csv                dogs/rex.wav,dog                     rex.wav,how many barks?,three,train
       dogs/rex.wav              bell.mp3,"a bell, far away"          rex.wav,is it near?,yes,train
 
-Columns `prompt`, `split` (train, val, test) and `task` are optional; a file may have several rows. Without a CSV a file's
+Columns `prompt`, `split` (train, val, test), `task` and `group` are optional; a file may have several rows. What is of one group
+(a speaker, a source recording) stands in one split and never is an example beside its own questions. Without a CSV a file's
 answer is the name of its folder or, on request, its own name without digits and separators (dog-012.wav -> dog).
 
 Nothing is dropped silently: every file and row that cannot be used is counted and named in the report, with the reason.
@@ -34,7 +35,8 @@ from .cli import UserError
 PROMPTS = {"AudioClassification": "classify this sound.", "AudioCaptioning": "describe the sound in a sentence."}
 SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
                "test": "test", "testing": "test", "eval": "test"}
-FORM = ("task", "prompt", "answer", "answers", "turns")       # fields of a row that an entry brings
+COLUMNS = ("file", "answer", "prompt", "split", "task", "group")
+FORM = ("task", "prompt", "answer", "answers", "turns", "group")      # fields of a row that an entry brings
 ADVICE = "put a CSV with the header file,answer (or file,prompt,answer) into it"
 
 
@@ -67,16 +69,17 @@ def import_folder(source, out, sample_rate: int, *, seed: int = 0, val: float = 
         raise UserError(f"{source}: there is no such folder")
     if not (val >= 0 and test >= 0 and val + test < 1):
         raise UserError(f"val {val} and test {test}: both must be 0 or more and leave something for training")
+    if Path(out).resolve() in (source.resolve(), *source.resolve().parents):
+        raise UserError(f"{out}: holds the recordings themselves; give another --out")
     files = _audio_files(source, Path(out))
     table = _find_csv(source)
     entries = _from_csv(table, files, report) if table and not labels_from_names else \
         _from_names(source, files, labels_from_names, report)
     named = {entry["file"] for entry in entries}
     if table and not labels_from_names:
-        report.problems["no usable row in the CSV"] += [name for name in files.values() if name not in named]
-
-    return write_dataset(out, entries, {name: source / name for name in named}, report, sample_rate, where=str(source), seed=seed,
-                         val=val, test=test, max_seconds=max_seconds, progress=progress,
+        report.problems["no usable row in the CSV"] += [name for name in files if name not in named]
+    return write_dataset(out, entries, files, report, sample_rate, where=str(source), seed=seed, val=val, test=test,
+                         max_seconds=max_seconds, progress=progress,
                          source=f"imported from the folder {source.resolve().name}", licence="its owner's")
 
 
@@ -86,7 +89,7 @@ def write_dataset(out, entries: list[dict], paths: dict[str, Path], report: Repo
     """Write the data set `out`: the one way for every recording that comes in.
 
     An entry is {"file"} and "answer", "answers" or "turns", and where wanted "task", "prompt", "split" and "group" (what must
-    not be in two splits, such as a speaker; a recording by itself if not given). `paths`: where each file lies. `where`: what an
+    not be in two splits; a recording by itself if not given). `paths`: where each file lies. `where`: what an
     error names. `facts` go into the card.
     """
     with manifest.dataset_folder(out) as folder:
@@ -107,7 +110,7 @@ def write_dataset(out, entries: list[dict], paths: dict[str, Path], report: Repo
         for entry in entries:
             content, seconds = stored[entry["file"]]
             if entry.get("split") and SPLIT_NAMES[entry["split"].lower()] != splits[content]:
-                report.problems["the same sound in another split"].append(entry["file"])
+                report.problems["its sound or group is in another split"].append(entry["file"])
                 continue
             kept.append(entry)
             rows[splits[content]].append(
@@ -126,15 +129,25 @@ def write_dataset(out, entries: list[dict], paths: dict[str, Path], report: Repo
     return report
 
 
-def _audio_files(source: Path, out: Path) -> dict[str, str]:
-    """NFC name -> name, relative to `source` with forward slashes (macOS stores names decomposed, a CSV rarely does)."""
+def readable(name: str) -> str:
+    """A file's name as a table spells it: letters composed (macOS stores them in parts); what is no UTF-8 on disk is Latin-1."""
+    data = os.fsencode(name)
+    try:
+        name = data.decode("utf-8")
+    except UnicodeDecodeError:
+        name = data.decode("latin-1")
+    return unicodedata.normalize("NFC", name)
+
+
+def _audio_files(source: Path, out: Path) -> dict[str, Path]:
+    """Readable name, relative to `source` with forward slashes -> file."""
     found = {}
     for folder, inner, names in os.walk(source):
         inner[:] = sorted(name for name in inner if not name.startswith(".") and (Path(folder) / name).resolve() != out.resolve())
         for name in sorted(names):
             if name.lower().endswith(audio.EXTENSIONS) and not name.startswith("."):
-                relative = (Path(folder) / name).relative_to(source).as_posix()
-                found[unicodedata.normalize("NFC", relative)] = relative
+                path = Path(folder) / name
+                found[readable(path.relative_to(source).as_posix())] = path
     return found
 
 
@@ -145,8 +158,8 @@ def _find_csv(source: Path) -> Path | None:
     return tables[0] if tables else None
 
 
-def _from_csv(table: Path, files: dict[str, str], report: Report) -> list[dict]:
-    """Rows of the CSV as {"file", "answer", "prompt"?, "split"?, "task"?}; what is wrong goes into the report."""
+def _from_csv(table: Path, files: dict[str, Path], report: Report) -> list[dict]:
+    """Rows of the CSV as entries; what is wrong goes into the report."""
     try:
         with open(table, encoding="utf-8-sig", newline="") as file:
             text = file.read()
@@ -157,12 +170,13 @@ def _from_csv(table: Path, files: dict[str, str], report: Report) -> list[dict]:
     try:
         header = [name.strip().lower() for name in next(lines, [])]
         if not {"file", "answer"} <= set(header) or len(set(header)) < len(header):
-            raise UserError(f"{table}:1: expected the columns file, answer and optionally prompt, split, task; got {', '.join(header)[:80] or 'nothing'}")
+            raise UserError(f"{table}:1: expected the columns file, answer and optionally prompt, split, task, "
+                            f"group; got {', '.join(header)[:80] or 'nothing'}")
         for cells in lines:
             if not any(cell.strip() for cell in cells):
                 continue
             where = f"{table.name}:{lines.line_num}"
-            entry = {name: " ".join(cell.split()) for name, cell in zip(header, cells)}
+            entry = {name: " ".join(cell.split()) for name, cell in zip(header, cells) if name in COLUMNS}
             if len(cells) != len(header):
                 report.problems["row with too many or too few fields"].append(where)
             elif not entry["answer"]:
@@ -171,8 +185,8 @@ def _from_csv(table: Path, files: dict[str, str], report: Report) -> list[dict]:
                 report.problems["row with a split that is not train, val or test"].append(f"{where} ({entry['split'][:20]})")
             else:
                 raw = cells[header.index("file")].strip().replace("\\", "/")
-                name = files.get(unicodedata.normalize("NFC", str(PurePosixPath(raw))))
-                if name:
+                name = unicodedata.normalize("NFC", str(PurePosixPath(raw)))
+                if name in files:
                     entries.append({**entry, "file": name})
                 else:
                     report.problems["row naming a file that is not there"].append(f"{where} ({raw[:60]})")
@@ -187,9 +201,9 @@ def _delimiter(text: str) -> str:
     return ";" if ";" in header and "," not in header else ","
 
 
-def _from_names(source: Path, files: dict[str, str], by_file: bool, report: Report) -> list[dict]:
+def _from_names(source: Path, files: dict[str, Path], by_file: bool, report: Report) -> list[dict]:
     entries = []
-    for name in files.values():
+    for name in files:
         path = PurePosixPath(name)
         label = re.sub(r"[\W\d_]+" if by_file else r"[\s_-]+", " ", path.stem if by_file else path.parent.name).strip()
         if label:

@@ -7,9 +7,9 @@ A row is a JSON object. `audio` is a path inside the data set, `start` the secon
     {"audio": "audio/x.flac", "start": 0.0, "task": "AudioCaptioning", "prompt": "...", "answer": "..."}
 
 Instead of `answer` it may have `answers` (several references, all right) or, without `prompt`, a dialogue in `turns`
-([{"user": "...", "assistant": "..."}, ...]). `shots` holds other rows, as
-examples before the question (retrieval.py writes them). Further fields pass through untouched;
-`seconds` (length of the sample) is added up into the card's hours.
+([{"user": "...", "assistant": "..."}, ...]). `shots` holds other rows, as examples before the question (retrieval.py writes
+them). `group` names the origin (a speaker, a source recording) of what must stand in one split. Further fields pass through
+untouched; `seconds` (length of the sample) is added up into the card's hours.
 """
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -28,7 +29,8 @@ from . import audio
 from .cli import UserError
 
 SPLITS = ("train", "val", "test")
-CARD = "card.json"
+CARD, COUNTED = "card.json", ("splits", "hours", "sha256")
+HALF_LETTER = re.compile("[\ud800-\udfff]")             # half of a pair of UTF-16, which no file can hold
 
 
 def write_rows(path, rows: Iterable[dict]) -> int:
@@ -75,7 +77,7 @@ def check_row(row, where: str) -> None:
             raise UserError(f"{where}: {name}: expected {expected}, got {got}")
 
     def text(value) -> bool:
-        return isinstance(value, str) and bool(value.strip())
+        return isinstance(value, str) and bool(value.strip()) and not HALF_LETTER.search(value)
 
     def number(value) -> bool:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < float("inf")
@@ -101,6 +103,14 @@ def check_row(row, where: str) -> None:
         need(isinstance(answers, list) and answers and all(map(text, answers)), forms[0],
              "text" if forms == ["answer"] else "a list of texts")
     need(isinstance(row.get("shots", []), list), "shots", "a list of rows")
+    need("group" not in row or text(row["group"]), "group", "text")
+
+
+def check_replaceable(out) -> None:
+    """UserError if `out` is there and is no prepared data set: nothing else is ever overwritten."""
+    out = Path(out)
+    if out.exists() and not (out / CARD).is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: exists and is not a prepared data set; give another --out or move it away")
 
 
 @contextlib.contextmanager
@@ -110,8 +120,7 @@ def dataset_folder(out) -> Iterator[Path]:
     An older data set of that name is replaced; a folder that is no data set (no card.json) is never touched: UserError.
     """
     out = Path(out)
-    if out.exists() and not (out / CARD).is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: exists and is not a prepared data set; give another --out or move it away")
+    check_replaceable(out)
     partial, old = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.old")
     for left_over in (partial, old):
         shutil.rmtree(left_over, ignore_errors=True)
@@ -153,6 +162,11 @@ def read_card(folder) -> dict:
         raise UserError(f"{path}: not JSON; run prepare_data.py again") from None
 
 
+def update_card(folder, **facts) -> dict:
+    """The card of a data set whose rows have changed: its facts stay, `facts` join, all else is counted anew."""
+    return write_card(folder, **{name: fact for name, fact in read_card(folder).items() if name not in COUNTED} | facts)
+
+
 def dataset_hash(folder) -> str:
     """sha256 over (name, size, bytes) of every file but card.json and the embeddings, in the order of their names."""
     folder, digest = Path(folder), hashlib.sha256()
@@ -170,10 +184,10 @@ def check(folder, progress: Callable[[Iterable], Iterable] = iter) -> list[str]:
     """All that is wrong with a prepared data set, each with its file or line; [] if nothing is.
 
     Every row has its fields, every recording (of rows, shots and pools) opens and decodes to its end, `start` lies inside of
-    it, and no recording stands in two splits, neither by name nor by its decoded samples.
+    it, and no group and no recording stands in two splits, the latter neither by name nor by its decoded samples.
     """
     folder, wrong = Path(folder), []
-    starts, splits = {}, {}                                # recording -> latest start, {split: a row that has it}
+    starts, splits, groups = {}, {}, {}                    # recording -> latest start; recording, group -> {split: a row of it}
     read_card(folder)
     for split in SPLITS:
         path = folder / f"{split}.jsonl"
@@ -190,11 +204,15 @@ def check(folder, progress: Callable[[Iterable], Iterable] = iter) -> list[str]:
                 for part in (row, *row.get("shots", []), *row.get("pool", [])):
                     if isinstance(part, dict) and part.get("audio"):
                         starts[str(part["audio"])] = max(starts.get(part["audio"], 0.0), part.get("start", 0.0))
-                splits.setdefault(row["audio"], {}).setdefault(split, f"{path.name}:{number}")
+                if row.get("audio"):
+                    splits.setdefault(row["audio"], {}).setdefault(split, f"{path.name}:{number}")
+                    groups.setdefault(row.get("group"), {}).setdefault(split, f"{path.name}:{number}")
             except UserError as error:
                 wrong.append(str(error))
             except TypeError:
                 wrong.append(f"{path}:{number}: shots or pool: expected a list of row numbers or of rows")
+    wrong += [f"{folder}: group {group!r:.60} in the splits {' and '.join(of)} ({', '.join(of.values())})"
+              for group, of in groups.items() if group and len(of) > 1]
     contents = {}                                          # hash of the samples -> name, splits
     for name in progress(sorted(starts)):
         try:
@@ -208,8 +226,10 @@ def check(folder, progress: Callable[[Iterable], Iterable] = iter) -> list[str]:
         mine = splits.get(name, {})
         if len(mine) > 1:
             wrong.append(f"{folder / name}: in the splits {' and '.join(mine)} ({', '.join(mine.values())})")
+        if not mine:                                       # heard in shots and pools alone
+            continue
         first, others = contents.setdefault(hashlib.sha256(samples.tobytes()).digest(), (name, mine))
-        if mine and others and len({*mine, *others}) > 1 and first != name:
+        if first != name and len({*mine, *others}) > 1:
             rows = ", ".join([*mine.values(), *others.values()])
             wrong.append(f"{folder / name}: the same sound as {first}, in another split ({rows})")
     return wrong

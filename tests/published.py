@@ -59,7 +59,7 @@ def esc50():
     """The archive of a repository: everything below a folder that is named after the branch."""
     lines = [f"{fold}-{100 + fold}-A-{n}.wav,{fold},{n},{category},False,{100 + fold},A"
              for fold in range(1, 6) for n, category in enumerate(("dog", "crackling_fire"))]
-    return {"master.zip": {"ESC-50-master/meta/esc50.csv": table("filename,fold,target,category,esc10,src_file,take", *lines),
+    return {"ESC-50-master.zip": {"ESC-50-master/meta/esc50.csv": table("filename,fold,target,category,esc10,src_file,take", *lines),
                            **{f"ESC-50-master/audio/{line.split(',')[0]}": wav(i) for i, line in enumerate(lines)}}}, {}
 
 
@@ -129,7 +129,7 @@ def macs():
 
 def cochlscene():
     """No table; a zip in six parts."""
-    return {"CochlScene.zip/5": {f"CochlScene/{split}/{scene}/{scene}_user{n}_1_00{n}.wav": wav(10 * i + n)
+    return {"CochlScene.zip/5": {f"CochlScene/{split}/{scene}/{scene}_user{10 * i + n}_1_00{n}.wav": wav(10 * i + n)
                                  for i, split in enumerate(("Train", "Val", "Test")) for n, scene in enumerate(("Bus", "SubwayStation"))}}, {}
 
 
@@ -153,7 +153,8 @@ def gtzan():
 
 def tut2017():
     home = "TUT-acoustic-scenes-2017-evaluation"
-    lines = [f"audio/{n}.wav\t{scene}" for n, scene in enumerate(("cafe/restaurant", "forest_path", "bus", "bus"))]
+    """Columns apart by tabs or by blanks."""
+    lines = [f"audio/{n}.wav{' ' if n % 2 else chr(9)}{scene}" for n, scene in enumerate(("cafe/restaurant", "forest_path", "bus", "bus"))]
     return {f"{home}.meta.zip": {f"{home}/meta.txt": table(*lines)},
             **{f"{home}.audio.{n + 1}.zip": {f"{home}/audio/{n}.wav": wav(n, 44_100, 2)} for n in range(4)}}, {}
 
@@ -172,15 +173,15 @@ def musiccaps():
 
 
 def wavcaps():
-    """Numbers that two sources share; recordings of evaluation splits, which are left out."""
+    """Numbers that two sources share; recordings of evaluation splits, which are left out; one without a caption."""
     def items(*pairs):
         return json.dumps({"data": [{"id": name, "caption": caption, "duration": 1.0} for name, caption in pairs]}).encode()
 
-    return {"as_final.json": items(("Ya.wav", "A dog."), ("Yb.wav", "A cat.")), "fsd_final.json": items(("1", "Rain."), ("2", "Wind."), ("3", "Snow.")),
+    return {"as_final.json": items(("Ya.wav", "A dog."), ("Yb.wav", "A cat.")), "fsd_final.json": items(("1", "Rain."), ("2", "Wind."), ("3", "Snow."), ("4", "")),
             "bbc_final.json": items(("07", "A door.")), "sb_final.json": items(("1", "A gong.")),
             "blacklist_audiocaps.full.csv": table("id", "Yb.wav"), "blacklist_clotho.full.csv": table("id", "2")}, \
         {f"{name}.flac": wav(i, 32_000, format="FLAC") for i, name in enumerate((
-            "AudioSet_SL/Ya", "AudioSet_SL/Yb", "FreeSound/1", "FreeSound/2", "BBC_Sound_Effects/07", "SoundBible/1", "SoundBible/3"))}
+            "AudioSet_SL/Ya", "AudioSet_SL/Yb", "FreeSound/1", "FreeSound/2", "BBC_Sound_Effects/07", "SoundBible/1", "SoundBible/3", "FreeSound/4"))}
 
 
 def music_avqa():
@@ -200,5 +201,6 @@ def music_avqa():
 def dialogues():
     good = {"audio": "a.wav", "turns": [{"user": "What is it?", "assistant": "A bell."}, {"user": "Is it near?", "assistant": "No."}]}
     return {}, {"chat.json": json.dumps([good, {"name": "sub/b.wav", "dialogue": good["turns"][:1], "split": "test"}, {"audio": "a.wav"}, 3,
-                                         good | {"turns": "hi"}, good | {"split": 7}, good | {"audio": "../a.wav"}]).encode(),
+                                         good | {"turns": "hi"}, good | {"split": 7}, good | {"audio": "../a.wav"},
+                                         {"audio_id": "sub/b.wav", "dialogue": good["turns"]}]).encode(),
                 "a.wav": wav(0), "sub/b.wav": wav(1)}

@@ -1,6 +1,8 @@
 """Importing one's own recordings: everything usable is used once, everything else is counted and named, nothing is half-written."""
 import json
+import os
 import shutil
+import sys
 import unicodedata
 
 import numpy as np
@@ -139,6 +141,30 @@ def test_long_recordings_are_cut_and_reported(src, out):
     assert report.problems == {"what lies beyond 1.5 s of a recording": ["long.wav (0.5 s)"]}
 
 
+def test_a_group_is_never_divided_and_foreign_columns_are_left_alone(src, out):
+    lines = ["file,answer,group,answers,turns"]
+    for n in range(40):
+        sound(src / f"{n}.wav", n)
+        lines.append(f"{n}.wav,{'ab'[n % 2]},speaker {n // 4},7,x")
+    csv(src, "\n".join(lines))
+    import_folder(src, out, RATE)
+    where = {}
+    for row in rows_of(out):
+        assert where.setdefault(row["group"], row["split"]) == row["split"] and not {"answers", "turns"} & set(row)
+    assert len(where) == 10 and set(where.values()) == set(manifest.SPLITS) and manifest.check(out) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names are Unicode")
+def test_a_name_that_is_latin_1_on_disk(src, out):
+    """As old archives leave them: found by a table in UTF-8, and written as UTF-8."""
+    os.rename(sound(src / "a.wav", 0), os.fsencode(src) + b"/m\xfcde.wav")
+    (src / os.fsdecode(b"\xff.wav")).touch()
+    csv(src, "file,answer\nm\u00fcde.wav,bell\n")
+    report = import_folder(src, out, RATE)
+    assert [row["file"] for row in rows_of(out)] == ["m\u00fcde.wav"] and report.problems == {"no usable row in the CSV": ["\u00ff.wav"]}
+    assert "\u00ff.wav" in str(report)
+
+
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
 @pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
 @pytest.mark.parametrize("delimiter", [",", ";"])
@@ -186,7 +212,7 @@ def test_a_split_that_does_not_exist_and_one_that_contradicts(src, out):
     csv(src, "file,answer,split\na.wav,x,train\na.wav,y,test\nb.wav,z,later\n")
     report = import_folder(src, out, RATE)
     assert report.problems["row with a split that is not train, val or test"] == ["labels.csv:4 (later)"]
-    assert report.problems["the same sound in another split"] == ["a.wav"]
+    assert report.problems["its sound or group is in another split"] == ["a.wav"]
     assert [(row["split"], row["answer"]) for row in rows_of(out)] == [("train", "x")]
 
 
@@ -234,6 +260,16 @@ def test_a_folder_that_is_no_data_set_is_never_overwritten(src, out):
     import_folder(src, out, RATE)
     import_folder(src, out, RATE)                          # an older data set is replaced
     assert len(rows_of(out)) == 3
+
+
+def test_the_source_is_never_replaced_by_the_data_set(src, out):
+    three_classes(src, each=1)
+    import_folder(src, out, RATE)
+    before = manifest.read_card(out)
+    for source in (out, out / "audio"):
+        with pytest.raises(UserError, match="holds the recordings themselves"):
+            import_folder(source, out, RATE)
+    assert manifest.read_card(out) == before and manifest.check(out) == []
 
 
 def test_the_data_set_may_lie_inside_the_source(src):
@@ -284,7 +320,7 @@ def test_rows_survive_writing_and_reading(tmp_path):
     ({"audio": None}, "audio"), ({"task": " "}, "task"), ({"prompt": ""}, "prompt: expected text, got ''"), ({"prompt": None}, "prompt"),
     ({"answer": ""}, "answer"), ({"answer": 5}, "answer: expected text, got 5"), ({"answer": ["x"]}, "answer"), ({"answers": ["x"]}, "exactly one of"),
     ({"start": -1}, "start: expected a number of seconds"), ({"start": "0"}, "start"), ({"start": True}, "start"), ({"start": float("nan")}, "start"),
-    ({"seconds": float("inf")}, "seconds"), ({"shots": "x"}, "shots")])
+    ({"seconds": float("inf")}, "seconds"), ({"shots": "x"}, "shots"), ({"answer": "\ud800"}, "answer"), ({"group": 3}, "group")])
 def test_a_wrong_field_is_named_with_its_line(tmp_path, change, words):
     path = tmp_path / "x.jsonl"
     path.write_text(json.dumps(ROW) + "\n\n" + json.dumps(ROW | change) + "\n")
