@@ -1,13 +1,17 @@
 """Nearest recordings: which examples to show before a question (paper section 4: few-shot samples by nearest audio embedding).
 
     python -m af_min.retrieval --run runs/tiny --data data/mine --shots 4        interleaved rows for the train split
+    python -m af_min.retrieval --run runs/tiny --data data/mine --shots 0        window embeddings of all its recordings, no rows
+
+Under `torchrun --nproc_per_node N -m --` the processes share the encoding (the first one alone does the rest). Its `--` is needed:
+without it torchrun takes --run for a flag of its own.
 
 A recording's vector is the mean of its window embeddings at length 1; two recordings are as near as their vectors' cosine:
 
     v = m / |m|,   m = (1/W) sum_w e_w            nearest(x) = the k recordings with the largest v . v_x, never x itself
 
-"Itself" goes by content (the hash of the file's bytes): neither a copy under another name nor another cut of the same file is an
-example. Examples come from the train split alone.
+"Itself" goes by content (the hash of the file's bytes) and by `group`, where rows have one: neither a copy under another name nor
+another cut of the same recording is an example. Examples come from the train split alone.
 
 The command gives every training row without turns 1 to J examples of its task, nearest last, and writes the result as further
 rows of train.jsonl ("shots", and "retrieved": nearest or random); those of an earlier call are replaced. With --device cuda, or up
@@ -22,6 +26,7 @@ which looks at a part of the vectors. Measured (tests/bench_retrieval.py) on one
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,11 +34,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from . import audio, checkpoint, cli, data, manifest
 from .cli import UserError, flag
+from .engine import World
 from .flamingo import AudioFlamingo
+from .stages import embed
 from .store import Place, Store, content, recording_key
 from .text import SAME_AS
 
@@ -44,7 +50,7 @@ FAISS_ABOVE = 100_000                      # queries and vectors, beyond which t
 class Args:
     run: str = flag("runs/tiny", "run folder whose encoder says what is near")
     data: str = flag("data/scenes", "prepared data set; its train.jsonl gets the new rows")
-    shots: int = flag(4, "examples of a row, at most; their number is drawn between 1 and this")
+    shots: int = flag(4, "examples of a row, at most; their number is drawn between 1 and this (0: embed all splits and stop)")
     shots_from: list[str] = flag(["nearest", "random"], "one new row for each of these", choices=("nearest", "random"), nargs="+")
     rows: int = flag(0, "draw only so many training rows (0: all)")
     seed: int = flag(0, "seed of what is drawn")
@@ -142,7 +148,7 @@ class Library:
         self.rows: dict[Place, list[dict]] = {}
         self.windows: dict[Place, np.ndarray] = {}
         self.stored: list[tuple[Store, Place]] = []        # of recording n
-        self.device, stores, known = device, {} if stores is None else stores, set()
+        self.device, stores, known, groups = device, {} if stores is None else stores, set(), {}
         for folder, _ in data.parse_data(specs):
             rows = data.rows_of(folder, "train", "sft")
             known |= {row["task"] for row in rows if "turns" not in row}
@@ -156,11 +162,15 @@ class Library:
                 shot = {name: row[name] for name in ("start", "prompt", "description") if name in row}
                 shot |= {"audio": str(folder / row["audio"]), "answer": row.get("answer") or row["answers"][0]}
                 self.rows.setdefault((shot["audio"], row["start"]), []).append(shot)
+                if "group" in row:
+                    groups[shot["audio"], row["start"]] = f"{folder}: {row['group']}"
         if not self.rows:
             raise UserError(f"--shots: no training row of {', '.join(specs)} is of the task {task}; --task can be "
                             f"{', '.join(sorted(known)) or 'nothing there'}")
         self.places = [(str(store.folder / file), start) for store, (file, start) in self.stored]
-        self.contents = [content(store.keys[place]) for store, place in self.stored]
+        contents = [content(store.keys[place]) for store, place in self.stored]
+        self.origin_of = {c: groups.get(place, c) for c, place in zip(contents, self.places)}
+        self.origins = [self.origin_of[c] for c in contents]               # what no example shares with its question
         self.vectors_ND = np.stack([pooled(store[place]) for store, place in self.stored]).astype(np.float16)
 
     def choose(self, keys: list[str], vectors_QD: np.ndarray, k: int, choice: str, seed: int = 0) -> list[list[int]]:
@@ -168,15 +178,15 @@ class Library:
 
         UserError if there are fewer than k other recordings.
         """
-        copies = Counter(self.contents)
-        most = max((copies[content(key)] for key in keys), default=0)
+        own, alike = [self.origin_of.get(content(key), content(key)) for key in keys], Counter(self.origins)
+        most = max((alike[origin] for origin in own), default=0)
         if len(self.stored) - most < k:
             raise UserError(f"--shots {k}: there are only {len(self.stored) - most} other recordings of this task")
         if choice == "nearest":
             order = neighbours(vectors_QD, self.vectors_ND, k + most, self.device)
         else:
             order = [np.random.default_rng([seed, *key.encode()]).choice(len(self.stored), k + most, replace=False) for key in keys]
-        return [[int(n) for n in row if n >= 0 and self.contents[n] != content(key)][:k] for key, row in zip(keys, order)]
+        return [[int(n) for n in row if n >= 0 and self.origins[n] != origin][:k] for origin, row in zip(own, order)]
 
     def example(self, n: int, prompt: str) -> dict:
         """Recording n as a shot: the row that is asked like `prompt`, else its first; its embedding stands in `windows`."""
@@ -193,11 +203,11 @@ class Library:
 
 # ---------------------------------------------------------------------- interleaved rows
 
-def interleaved(model: AudioFlamingo, rows: list[dict], args: Args, progress: Callable = lambda items: items) -> list[dict]:
+def interleaved(model: AudioFlamingo, rows: list[dict], args: Args) -> list[dict]:
     """Each of the rows with 1 to args.shots examples before it, once for each of args.shots_from."""
     rng, stores, out = np.random.default_rng(args.seed), {}, []
     for task in sorted({row["task"] for row in rows}):
-        library = Library(model, [args.data], task, progress, stores, args.device)
+        library = Library(model, [args.data], task, stores=stores, device=args.device)
         store, = stores.values()
         group = [row for row in rows if row["task"] == task]
         places = sorted({(row["audio"], row["start"]) for row in group})
@@ -213,11 +223,13 @@ def interleaved(model: AudioFlamingo, rows: list[dict], args: Args, progress: Ca
 
 def main() -> None:
     args = cli.parse(Args, description=__doc__)
-    cli.at_least(args, shots=1, rows=0, seed=0)
+    cli.at_least(args, shots=0, rows=0, seed=0)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no GPU is visible to torch; use --device cpu")
-    folder, card = Path(args.data), manifest.read_card(args.data)
-    model, _ = checkpoint.load_run(Path(args.run), args.device)
+    folder = Path(args.data)
+    manifest.read_card(folder)
+    world = World.start() if "RANK" in os.environ else World(0, 1, torch.device(args.device))
+    model, _ = checkpoint.load_run(Path(args.run), str(world.device))
     if args.shots >= model.config.representation.max_audios:
         raise UserError(f"--shots {args.shots}: this model takes {model.config.representation.max_audios} audios, "
                         "the question's included")
@@ -225,9 +237,17 @@ def main() -> None:
     rows = [row for row in kept if row["task"] != "WindowText" and not {"turns", "shots", "pool"} & set(row)]
     if args.rows:
         rows = [rows[i] for i in np.sort(np.random.default_rng(args.seed).permutation(len(rows))[:args.rows])]
-    new = interleaved(model, rows, args, lambda todo: tqdm(todo, "encoding", unit="rec", disable=not todo))
+    splits = ("train",) if args.shots else manifest.SPLITS
+    store = embed(model, folder, [row for split in splits for row in data.rows_of(folder, split, "sft")], world)
+    if world.size > 1:
+        torch.distributed.destroy_process_group()
+    if world.rank or not args.shots:
+        if not world.rank:
+            print(f"{store.home}: {len(store.vectors)} windows of {len(store.shelf.entries)} recordings")
+        return
+    new = interleaved(model, rows, args)
     manifest.write_rows(folder / "train.jsonl", kept + new)
-    manifest.write_card(folder, **{name: fact for name, fact in card.items() if name not in ("splits", "hours", "sha256")})
+    manifest.update_card(folder)
     print(f"{folder / 'train.jsonl'}: {len(new)} interleaved rows beside {len(kept)} others, "
           f"{sum(len(row['shots']) for row in new) / max(1, len(new)):.2f} examples each")
 

@@ -14,6 +14,7 @@ from af_min.flamingo import AudioFlamingo
 from af_min.retrieval import Library, answers_task, hear, nearest, pooled
 from af_min.store import Store
 from conftest import shake
+from training import spawn
 
 RATE = 16_000
 
@@ -162,6 +163,20 @@ def test_neither_another_cut_nor_a_copy_of_the_query_is_a_shot(model, folder, tm
         assert all(shot["answer"] != "tone 2" for shot in library.shots(heard, 7, choice, ""))
 
 
+def test_nothing_of_the_questions_own_group_is_a_shot(model, folder, tmp_path):
+    """Recordings 0, 1 and 2 are cuts of one source, in files of their own; a question about one of them sees none of them."""
+    shutil.copytree(folder, tmp_path / "cut")
+    rows = [row | ({"group": "source 7"} if row["audio"][6] in "012" else {}) for row in manifest.read_rows(folder / "train.jsonl")]
+    manifest.write_rows(tmp_path / "cut/train.jsonl", rows)
+    library = Library(model, [str(tmp_path / "cut")], "AudioCaptioning")
+    for choice in ("nearest", "random"):
+        for n, others in ((1, {3, 4, 5, 6, 7}), (5, {0, 1, 2, 3, 4, 6, 7})):
+            shots = library.shots(hear(model, folder / f"audio/{n}.wav"), len(others), choice, "")
+            assert {shot["answer"] for shot in shots} == {f"tone {other}" for other in others}
+    with pytest.raises(UserError, match="--shots 6: there are only 5"):
+        library.shots(hear(model, folder / "audio/1.wav"), 6, "nearest", "")
+
+
 # ---------------------------------------------------------------------- interleaved rows
 
 @pytest.fixture
@@ -217,5 +232,20 @@ def test_a_second_call_replaces_the_rows_of_the_first(command):
     assert first == again
     few, _, _ = command("--shots", "2", "--rows", "5", "--shots-from", "random")
     assert len(few) == 34 + 5
+    embedded, data, said = command("--shots", "0")
+    assert embedded == few and "of 9 recordings" in said.out, "eight recordings and another cut of one; a copy is no further one"
     unchanged, _, said = command("--shots", "9")
     assert unchanged == few and "--shots 9: this model takes 9 audios" in said.err and "Traceback" not in said.err
+
+
+def test_two_processes_share_the_encoding_and_write_what_one_writes(command, tmp_path):
+    """torchrun over the command itself; the embeddings that it leaves are all that one process needs."""
+    alone, data, _ = command("--shots", "2")
+    before = {path.relative_to(data): path.read_bytes() for path in data.rglob("vectors.f16")}
+    for path in (data / "embeddings").rglob("*.*"):
+        path.unlink()
+    code, printed = spawn(tmp_path, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "-m", "--", "af_min.retrieval",
+                          "--run", tmp_path / "run", "--data", data, "--shots", 2)
+    assert code == 0, printed
+    assert manifest.read_rows(data / "train.jsonl") == alone
+    assert {path: len(content) for path, content in before.items()} == {path.relative_to(data): path.stat().st_size for path in data.rglob("vectors*")}
