@@ -33,6 +33,7 @@ from . import checkpoint, cli, data, manifest, metrics, scores, text
 from .answering import Answerer
 from .cli import UserError, flag
 from .retrieval import Library, pooled
+from .scores import Measure
 from .store import Store
 
 
@@ -131,10 +132,19 @@ class Predictions:
         self.said |= {tuple(entry["id"]): entry for entry in entries}
 
 
+def header(run: Path, folder: Path, split: str, max_new: int) -> dict:
+    """What all answers of a run on a split depend on."""
+    with open(run / "model.safetensors", "rb") as weights:
+        digest = hashlib.file_digest(weights, "sha256").hexdigest()[:16]
+    manifests = b"".join((folder / f"{name}.jsonl").read_bytes() for name in (split, "train"))
+    return {"weights": digest, "data": hashlib.sha256(manifests).hexdigest()[:16],
+            "decoding": {"temperature": 0, "max_new": max_new}}
+
+
 def predict(answerer: Answerer, rows: list[dict], predictions: Predictions, options: list[str], name: str) -> list[dict]:
     """An entry {"id", "answer", ...} of every row, from the file or new; with options also "likelihoods" and the likeliest."""
     todo = [row for row in rows if tuple(row["id"]) not in predictions.said]
-    with tqdm(total=len(todo), desc=name, unit="item", disable=not todo) as bar:
+    with tqdm(total=len(todo), desc=name, unit="item", disable=not (todo and name)) as bar:
         for batch in answerer.batches(todo):
             part = [todo[i] for i in batch]
             entries = [{"id": r["id"], "task": r["task"], "audio": r["audio"], "prompt": r["prompt"], "references": r["answers"],
@@ -151,10 +161,21 @@ def predict(answerer: Answerer, rows: list[dict], predictions: Predictions, opti
     return [predictions.said[tuple(row["id"])] for row in rows]
 
 
+class Remembering(Answerer):
+    """Answers out of a file, and into it: what stands there is not asked again."""
+
+    def __init__(self, answerer: Answerer, predictions: Predictions):
+        super().__init__(answerer.model, answerer.tokenizer, answerer.store, answerer.max_new)
+        self.predictions = predictions
+
+    def answer(self, rows: list[dict]) -> list[str]:
+        asked = [{**row, "id": [hashlib.sha256(json.dumps(row, sort_keys=True).encode()).hexdigest()[:16]],
+                  "prompt": row["turns"][-1]["user"] if "turns" in row else row["prompt"],
+                  "answers": [row["answer"]] if "answer" in row else []} for row in rows]
+        return [entry["answer"] for entry in predict(self, asked, self.predictions, [], "")]
+
+
 # ---------------------------------------------------------------------- scores
-
-Measure = Callable[[np.ndarray], float]                # numbers of items -> score
-
 
 def measures(task: str, answers: list[str], references: list[list[str]]) -> dict[str, Measure]:
     """What is measured of a task's answers, by name."""
@@ -178,7 +199,7 @@ def measures(task: str, answers: list[str], references: list[list[str]]) -> dict
 
 def is_tags(task: str, references: list[list[str]]) -> bool:
     """Several labels an answer: FSD50K and its like."""
-    return task == "AudioClassification" and any("," in answers[0] for answers in references)
+    return task.endswith("Classification") and any("," in answers[0] for answers in references)
 
 
 def option_measures(task: str, entries: list[dict]) -> dict[str, Measure]:
@@ -186,8 +207,8 @@ def option_measures(task: str, entries: list[dict]) -> dict[str, Measure]:
     if not is_tags(task, references):
         right = np.array([metrics.exact(entry["option"], refs) for entry, refs in zip(entries, references)])
         return {"likeliest option": lambda i: right[i].mean()}
-    options = sorted(entries[0]["likelihoods"])
-    likelihood = np.array([[entry["likelihoods"][option] for option in options] for entry in entries])
+    options = sorted({option for entry in entries for option in entry["likelihoods"]})
+    likelihood = np.array([[entry["likelihoods"].get(option, -np.inf) for option in options] for entry in entries])
     true = np.array([[option in metrics.tags(refs[0]) for option in options] for refs in references])
     return {"mAP": lambda i: metrics.mean_average_precision(likelihood[i], true[i])}
 
@@ -229,10 +250,7 @@ class Evaluation:
         if max(args.shots, default=0) >= most:
             raise UserError(f"--shots {max(args.shots)}: this model takes {most} audios, the question's included")
         self.stores = {self.folder: self.answerer.store}
-        manifests = b"".join((self.folder / f"{split}.jsonl").read_bytes() for split in (args.split, "train"))
-        self.header = {"weights": hashlib.sha256((Path(args.run) / "model.safetensors").read_bytes()).hexdigest()[:16],
-                       "data": hashlib.sha256(manifests).hexdigest()[:16],
-                       "decoding": {"temperature": 0, "max_new": args.max_new}, "options": sorted(args.options)}
+        self.header = header(Path(args.run), self.folder, args.split, args.max_new) | {"options": sorted(args.options)}
         self.blind = {}                                                        # question id -> answer
         for task, rows in self.tasks.items():
             asked = [{name: row[name] for name in ("task", "prompt", "answers")} for row in trained.get(task, [])]
@@ -304,13 +322,16 @@ def general(args: Args) -> list[Result]:
 
 
 def embedded(run: Path, folder: Path, items: int = 0) -> list[scores.Score]:
-    """The table of the README and two transcripts; writes scores.json."""
+    """The table of the README and two transcripts, `[..]` as below; writes scores.json."""
     started, (test, train) = time.time(), (manifest.read_rows(folder / f"{split}.jsonl") for split in ("test", "train"))
     answerer = Answerer.open(run, folder, test, progress("encoding test split"))
+    path = run / f"predictions-{folder.name}-test-table.jsonl"
+    answerer = Remembering(answerer, Predictions(path, header(run, folder, "test", answerer.max_new)))
     results = list(tqdm(scores.scores(answerer, test, train, items), "scoring", unit="task"))
     print(scores.table(results), scores.transcript(answerer, test), sep="\n")
-    print(f"greedy decoding, {sum(s.items for s in results)} items, {time.time() - started:.0f} s")
-    checkpoint.write_json(Path(run) / "scores.json", [vars(s) for s in results])
+    print(f"greedy decoding, at most {answerer.max_new} tokens, prompts of af_min/text.py, one reference an item, "
+          f"{sum(s.items for s in results)} items, {time.time() - started:.0f} s; answers: {path}")
+    checkpoint.write_json(run / "scores.json", [vars(s) for s in results])
     return results
 
 

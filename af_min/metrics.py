@@ -174,11 +174,6 @@ def event_counts(answer: str, reference: str) -> tuple[int, int, int]:
     return sum((said & true).values()), sum(said.values()), sum(true.values())
 
 
-def event_f1(answers: list[str], references: list[str]) -> float:
-    """Micro-averaged F1 over all events of all captions: 2 hits / (events said + events true)."""
-    return f1(np.sum([event_counts(a, r) for a, r in zip(answers, references)], 0))
-
-
 # ---------------------------------------------------------------------- how sure
 
 def interval(score: Callable[[np.ndarray], float], items: int, draws: int = 1000, seed: int = 0) -> tuple[float, float]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -86,7 +86,20 @@ def blind_dialogue(rows: list[dict], train: list[dict]) -> float:
 
 
 def accuracy(answers: list[str], truths: list[str]) -> float:
-    return sum(metrics.exact(a, [t]) for a, t in zip(answers, truths)) / max(1, len(truths))
+    return exactly(answers, truths)(np.arange(len(truths))) if truths else 0.0
+
+
+Measure = Callable[[np.ndarray], float]                # numbers of items -> score
+
+
+def exactly(answers: list[str], truths: list[str]) -> Measure:
+    right = np.array([metrics.exact(answer, [truth]) for answer, truth in zip(answers, truths)])
+    return lambda i: float(right[i].mean())
+
+
+def by_events(answers: list[str], truths: list[str]) -> Measure:
+    counts = np.array([metrics.event_counts(answer, truth) for answer, truth in zip(answers, truths)])
+    return lambda i: metrics.f1(counts[i].sum(0))
 
 
 @dataclass
@@ -94,9 +107,20 @@ class Score:
     name: str
     items: int
     score: float
+    low: float                     # 95 % by bootstrap over the items
+    high: float
     chance: float | None
     blind: float
     swapped: float | None
+
+
+def scored(name: str, said: list[str], truths: list[str], chance: float | None, blind: list[str] | float,
+           moved: list[str] | None = None, of: Callable[[list[str], list[str]], Measure] = exactly) -> Score:
+    """The score of answers, of those without listening (or what these would get) and of those to another recording."""
+    measure, everything = of(said, truths), np.arange(len(truths))
+    return Score(name, len(truths), measure(everything), *metrics.interval(measure, len(truths)), chance,
+                 blind if isinstance(blind, float) else of(blind, truths)(everything),
+                 of(moved, truths)(everything) if moved is not None else None)
 
 
 QUESTION_SCORES = {  # task: (name in the table, chance)
@@ -112,45 +136,37 @@ def scores(answerer: Answerer, test: list[dict], train: list[dict], items: int =
         tasks[row["task"]].append(row)
     tasks = {task: some(rows, items) for task, rows in tasks.items()}
 
-    def run(rows):
-        return answerer.answer(rows)
+    def both(rows: list[dict]) -> tuple[list[str], list[str], list[str]]:
+        """Answers, right answers, answers about another recording."""
+        return answerer.answer(rows), [row["answer"] for row in rows], answerer.answer(swapped(rows))
 
     rows = tasks["AudioCaptioning"]
-    truths, blind = [r["answer"] for r in rows], blind_answers(rows, train)
-    said, moved = run(rows), run(swapped(rows))
-    yield Score("caption: event F1", len(rows), metrics.event_f1(said, truths), None, metrics.event_f1(blind, truths),
-                metrics.event_f1(moved, truths))
-    yield Score("caption: all events in order", len(rows), accuracy(said, truths), None, accuracy(blind, truths),
-                accuracy(moved, truths))
+    said, truths, moved = both(rows)
+    for name, of in (("caption: event F1", by_events), ("caption: all events in order", exactly)):
+        yield scored(name, said, truths, None, blind_answers(rows, train), moved, of)
     for task, (name, chance) in QUESTION_SCORES.items():
-        rows = tasks[task]
-        truths = [r["answer"] for r in rows]
-        yield Score(name, len(rows), accuracy(run(rows), truths), chance, accuracy(blind_answers(rows, train), truths),
-                    accuracy(run(swapped(rows)), truths))
+        said, truths, moved = both(tasks[task])
+        yield scored(name, said, truths, chance, blind_answers(tasks[task], train), moved)
     rows = tasks["Dialogue"]
-    right = [metrics.exact(row["answer"], [truth]) for row, truth in dialogue_items(rows, answerer)]
-    wrong = [metrics.exact(row["answer"], [truth]) for row, truth in dialogue_items(swapped(rows), answerer)]
-    yield Score("dialogue, turns 2 to 4", len(right), sum(right) / len(right), None, blind_dialogue(rows, train),
-                sum(wrong) / len(wrong))
-    for task, name in (("FewShotSeen", "4-way, 4 shots, classes seen"), ("FewShotUnseen", "4-way, 4 shots, classes never seen")):
-        rows = tasks[task]
-        truths = [r["answer"] for r in rows]
-        yield Score(name, len(rows), accuracy(run(rows), truths), 1 / 4, 1 / 4, accuracy(run(swapped(rows)), truths))
-        bare = [{k: v for k, v in r.items() if k != "shots"} for r in rows]
-        yield Score(name.replace("4 shots", "0 shots"), len(rows), accuracy(run(bare), truths), 1 / 4, 0.0, None)
-    rows = tasks["Pool"]
-    truths = [r["answer"] for r in rows]
+    (said, truths), (moved, _) = (zip(*((row["answer"], truth) for row, truth in dialogue_items(of, answerer)))
+                                  for of in (rows, swapped(rows)))
+    yield scored("dialogue, turns 2 to 4", said, truths, None, blind_dialogue(rows, train), moved)
+    for task, classes in (("FewShotSeen", "classes seen"), ("FewShotUnseen", "classes never seen")):
+        said, truths, moved = both(tasks[task])
+        yield scored(f"4-way, 4 shots, {classes}", said, truths, 1 / 4, 1 / 4, moved)
+        bare = answerer.answer([{k: v for k, v in row.items() if k != "shots"} for row in tasks[task]])
+        yield scored(f"4-way, 0 shots, {classes}", bare, truths, 1 / 4, 0.0)
     for how in ("nearest", "random"):
-        shot = with_pool_shots(rows, answerer.store, how)
-        yield Score(f"pool of 12, 4 {how} shots", len(rows), accuracy(run(shot), truths), 1 / 12, 1 / 12,
-                    accuracy(run(swapped(shot)), truths))
+        said, truths, moved = both(with_pool_shots(tasks["Pool"], answerer.store, how))
+        yield scored(f"pool of 12, 4 {how} shots", said, truths, 1 / 12, 1 / 12, moved)
 
 
 def table(results: list[Score]) -> str:
     def cell(value):
         return "   -  " if value is None else f"{value:6.3f}"
-    lines = [f"{'task':36s} {'items':>6s} {'score':>7s} {'chance':>7s} {'blind':>7s} {'swapped':>8s}"]
-    lines += [f"{s.name:36s} {s.items:6d}  {cell(s.score)}  {cell(s.chance)}  {cell(s.blind)}   {cell(s.swapped)}" for s in results]
+    lines = [f"{'task':36s} {'items':>6s} {'score':>7s}  {'[95 %]':14s} {'chance':>7s} {'blind':>7s} {'swapped':>8s}"]
+    lines += [f"{s.name:36s} {s.items:6d}  {cell(s.score)}  [{s.low:.3f}, {s.high:.3f}]  {cell(s.chance)}  {cell(s.blind)}   "
+              f"{cell(s.swapped)}" for s in results]
     return "\n".join(lines)
 
 
