@@ -120,7 +120,7 @@ TABLE = {
         _zenodo(6967442, "- train.zip", "- test.zip", "- metadata of train set .csv", "- metadata of test set.csv")),
     "gtzan": DataSet(
         readers.gtzan, "genres", "unknown", "Tzanetakis and Cook, Musical genre classification of audio signals, IEEE TSAP 2002",
-        "the original host is gone; a web archive keeps the file", _files(
+        "https://web.archive.org/web/20220328223413/http://opihi.cs.uvic.ca/sound/ (the original host is gone)", _files(
             "https://web.archive.org/web/20220328223413/http://opihi.cs.uvic.ca/sound",
             "24347e0223d2ba798e0a558c4c172d9d4a19c00bb7963fe055d183dadb4ef2c6 genres.tar.gz"), 1000, 8.3, 1.2),
     "tut2017": DataSet(
@@ -259,7 +259,7 @@ def _limited(entries: list[dict], limit: int, seed: int) -> list[dict]:
 
 def listing(data: Path) -> str:
     """A table of all sets: task, clips, hours, size, licence, address, and what is on disk below `data`."""
-    lines = [f"{'data set':14s}{'clips':>9s}{'hours':>8s}{'GB':>7s}  {'on disk':34s}task; licence; address"]
+    lines = [f"{'data set':14s}{'clips':>9s}{'hours':>8s}{'GB':>7s}  {'on disk':34s}task; licence; address (-: not stated)"]
     for name, entry in TABLE.items():
         on_disk = []
         if (data / name / manifest.CARD).is_file():

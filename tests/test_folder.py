@@ -1,4 +1,5 @@
 """Importing one's own recordings: everything usable is used once, everything else is counted and named, nothing is half-written."""
+import errno
 import json
 import os
 import shutil
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from af_min import manifest
+from af_min import cli, manifest
 from af_min.cli import UserError
 from af_min.folder import import_folder
 
@@ -302,6 +303,15 @@ def test_sixty_broken_tables_end_in_a_report_or_one_line(src, out):
             outcomes.add("refused")
         shutil.rmtree(out, ignore_errors=True)
     assert len(outcomes) == 3
+
+
+@pytest.mark.parametrize("number, code", [(errno.ENOSPC, 2), (errno.EACCES, 2), (errno.EIO, None)])
+def test_a_full_disk_is_one_line(capsys, number, code):
+    def main():
+        raise OSError(number, os.strerror(number), "data/x")
+    with pytest.raises(SystemExit if code else OSError) as stop:
+        cli.run(main)
+    assert not code or stop.value.code == code and capsys.readouterr().err == f"error: data/x: {os.strerror(number)}\n"
 
 
 # ---------------------------------------------------------------------- manifests
