@@ -7,6 +7,7 @@
 
 Captions and dialogues get CIDEr-D, BLEU and ROUGE-L, tags F1, all else the share of exact answers; --options TASK adds the share
 that is right when the likeliest of the answers known from training, or of those that the prompt lists, is taken (tags: mAP).
+"unanimous": of the questions alone about which all annotators say the same (the paper's measure on ClothoAQA), where some disagree.
 `[..]`: 95 % by bootstrap over the items (CIDEr-D: how rare an n-gram is stays fixed). `blind`: the commonest training answer to the
 same question. `swapped`: the same items, each with the audio of another one. Shots come from the train split, never the recording
 itself; rows that bring their own keep them. A dialogue's turn is asked with the true answers to the turns before it.
@@ -194,6 +195,9 @@ def measures(task: str, answers: list[str], references: list[list[str]]) -> dict
     if not words or task == "Dialogue":
         right = np.array([metrics.exact(a, rs) for a, rs in zip(answers, references)])
         found["exact"] = lambda i: right[i].mean()
+        agreed = np.array([len(set(map(metrics.normalized, rs))) == 1 for rs in references])
+        if task == "AQA" and 0 < agreed.sum() < len(agreed):
+            found["exact, unanimous"] = lambda i: right[i][agreed[i]].mean() if agreed[i].any() else 0.0
     return found
 
 

@@ -169,6 +169,13 @@ def test_the_likeliest_of_the_listed_or_else_of_the_known_answers_is_taken(comma
     assert saved(place)["AudioClassification", "0", "likeliest option"]["score"] == pytest.approx(np.mean(right))
 
 
+def test_any_annotators_answer_is_right_and_unanimous_questions_are_scored_apart():
+    measures = evaluate.measures("AQA", ["yes", "no", "two", "No."], [["yes", "no"], ["yes"], ["two"], ["no", "No"]])
+    assert {name: measure(np.arange(4)) for name, measure in measures.items()} == pytest.approx({"exact": 3 / 4, "exact, unanimous": 2 / 3})
+    assert measures["exact, unanimous"](np.zeros(3, int)) == 0
+    assert set(evaluate.measures("AQA", ["yes"], [["yes"]])) == {"exact"}
+
+
 def test_tags_get_f1_and_average_precision():
     entries = [{"references": ["dog, bark"], "likelihoods": {"bark": -1.0, "bell": -3.0, "dog": -2.0}},
                {"references": ["bell"], "likelihoods": {"bark": -2.0, "bell": -4.0, "dog": -3.0}}]
