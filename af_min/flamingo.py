@@ -23,7 +23,7 @@ from .config import Config
 from .decoding import reader
 from .lm import LM, KVCache
 from .representation import Representation
-from .xattn import GatedCrossAttention, audio_number, visible_windows
+from .xattn import GatedCrossAttention, audio_number, keys_values_at_once, visible_windows
 
 IGNORE = -100  # label of a position that is not supervised
 
@@ -112,7 +112,12 @@ class AudioFlamingo(nn.Module):
             real = torch.arange(heard_AWD.shape[1], device=heard_AWD.device) < n_windows_BN[n_windows_BN > 0][:, None]
             audio_BLD = audio_BLD.to(heard_AWD.dtype).masked_scatter((slot_L < length_B[:, None])[..., None], heard_AWD[real])
         number_BL = (slot_L[:, None] >= n_windows_BN.cumsum(1)[:, None]).sum(-1) + 1
-        pairs = [block.keys_values(audio_BLD, number_BL) for block in self.xattn.values()]
+        blocks = [*self.xattn.values()]
+        whole = all(type(block.kv.weight) is nn.Parameter for block in blocks)       # FSDP's are split over the processes
+        if whole and audio_BLD.is_cuda and not torch.is_grad_enabled():
+            pairs = keys_values_at_once(blocks, audio_BLD, number_BL)
+        else:
+            pairs = [block.keys_values(audio_BLD, number_BL) for block in blocks]
         return Audio([k for k, _ in pairs], [v for _, v in pairs], n_windows_BN)
 
     # ------------------------------------------------------------------ reading

@@ -57,7 +57,7 @@ class GatedCrossAttention(nn.Module):
         self.heads, inner, self.null_key = config.heads, config.heads * config.head_dim, int(config.null_key)
         self.norm = nn.LayerNorm(width)
         self.q = nn.Linear(width, inner, bias=False)
-        self.kv = nn.Linear(audio_width, 2 * inner, bias=False)        # rows [K; V]; one product for all blocks: no gain on a CPU
+        self.kv = nn.Linear(audio_width, 2 * inner, bias=False)        # rows [K; V]
         self.out = nn.Linear(inner, width, bias=False)
         self.attn_gate = nn.Parameter(torch.full((1,), config.gate_init))
         self.ff_norm = nn.LayerNorm(width)
@@ -74,7 +74,11 @@ class GatedCrossAttention(nn.Module):
 
     def keys_values(self, audio_BLD: torch.Tensor, number_BL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Audio tokens and the number (1, 2, ...) of the audio that each is of -> k, v (B, H, L, K), the null key before them."""
-        k, v = self.kv(audio_BLD).chunk(2, dim=-1)
+        return self.split(self.kv(audio_BLD), number_BL)
+
+    def split(self, kv_BLI: torch.Tensor, number_BL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What follows the product in `keys_values`."""
+        k, v = kv_BLI.chunk(2, dim=-1)
         if self.index_k is not None:
             k = k + F.embedding((number_BL - 1).clamp(0, len(self.index_k) - 1), self.index_k).to(k.dtype)
         padded = (F.pad(x, (0, 0, self.null_key, 0)) if self.null_key else x for x in (k, v))
@@ -109,3 +113,14 @@ class GatedCrossAttention(nn.Module):
         if first_BT is not None:
             hidden = hidden | (slot_L < first_BT[:, None, :, None]) & (slot_L >= 0)
         return scores.masked_fill(hidden, float("-inf")).softmax(-1)[..., self.null_key:].nan_to_num(0.0)
+
+
+def keys_values_at_once(blocks: list[GatedCrossAttention], audio_BLD: torch.Tensor,
+                        number_BL: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """`keys_values` of every block, by one product: on a GPU one launch instead of one a block, and a full one where L is short.
+
+    The weights are stacked for the call, a copy that is freed behind it (af1: 24 blocks of 1024 x 1024, in bf16 50 MB). A CPU waits
+    for no launch and would only pay for that copy. `python -m kernels.benchmark` times both ways and what memory they take."""
+    weights = torch.stack([block.kv.weight for block in blocks])
+    kv = torch.bmm(audio_BLD.flatten(0, 1).expand(len(blocks), -1, -1), weights.mT)      # every block's as its own product lays it out
+    return [block.split(part, number_BL) for block, part in zip(blocks, kv.unflatten(1, audio_BLD.shape[:2]))]
