@@ -8,11 +8,12 @@ Eager PyTorch writes the branch y = a Wᵀ, multiplies it by tanh(g), adds it: a
     dx = do        da = do (tanh(g) W)        dW = tanh(g) M        dg = (1 - tanh²(g)) sum_{d,e} M W
 
 do and a give everything: the branch output is not saved (84 MB a layer at that shape). Both products of the backward pass are
-plain matrix products, which cuBLAS does best; no atomics anywhere, so a repetition is equal bit by bit.
+plain matrix products, which cuBLAS does best; no atomics anywhere, so a repetition is equal bit by bit. As well as W, the gate may
+scale the other factor of its product, a or do: it scales the smaller of the two.
 
 **Who multiplies.** For a narrow inner width (the attention's output projection, E = 512) the pass is bound by memory and the
-fused kernel saves traffic. For a wide one (the feed-forward, E = 8192) it is bound by arithmetic: there cuBLAS multiplies, by the
-folded weight and onto the residual (`addmm`), and only the branch's separate passes are saved. WIDE draws the line.
+fused kernel saves traffic. For a wide one (the feed-forward, E = 8192) it is bound by arithmetic: there cuBLAS multiplies, with
+the gate folded in and onto the residual (`addmm`), and only the branch's separate passes are saved. WIDE draws the line.
 
 LayerNorm and GELU have no kernel here: PyTorch's read and write their tensor once already, and joining them with their neighbours
 is what torch.compile does. Where WIDE is best a GPU must tell: `python -m kernels.benchmark` times both forms.
@@ -75,10 +76,20 @@ def fused(x: Tensor, a: Tensor, weight: Tensor, gate: Tensor) -> Tensor:
     return out
 
 
+def scaled(tanh: Tensor, y: Tensor) -> Tensor:
+    """tanh · y, multiplied in float32 and rounded once; tanh * y would be a float32 tensor in memory before."""
+    return torch.mul(y, tanh, out=torch.empty_like(y))
+
+
+def gated_product(tanh: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """The factors of tanh · a b, the smaller of them scaled."""
+    return (scaled(tanh, a), b) if a.numel() < b.numel() else (a, scaled(tanh, b))
+
+
 def folded(x: Tensor, a: Tensor, weight: Tensor, gate: Tensor) -> Tensor:
-    """The same by cuBLAS: the gate folded into the weight, the residual as the product's starting value."""
-    weight = (torch.tanh(gate.float()) * weight).to(weight.dtype)
-    return torch.addmm(x, a, weight.t()) if x.dtype == a.dtype else x + a @ weight.t()
+    """The same by cuBLAS: the gate folded into a factor, the residual as the product's starting value."""
+    a, b = gated_product(torch.tanh(gate.float()), a, weight.t())
+    return torch.addmm(x, a, b) if x.dtype == a.dtype else x + a @ b
 
 
 @torch.library.custom_op("af_min::gated_residual", mutates_args=())
@@ -102,11 +113,10 @@ def backward(ctx, do):
     """dx, da, dW, dg by the equations above; the two products are left to cuBLAS, sums are taken in float32."""
     a, weight, gate = ctx.saved_tensors
     tanh, branch_do = torch.tanh(gate.float()), do.to(a.dtype)
-    da = branch_do @ (tanh * weight).to(weight.dtype)
+    left, right = gated_product(tanh, branch_do, weight)
     m = branch_do.t() @ a
-    dweight = (tanh * m).to(weight.dtype)
     dgate = (1 - tanh * tanh) * torch.sum(m * weight, dtype=torch.float32)
-    return do, da, dweight, dgate.to(gate.dtype).reshape(gate.shape)
+    return do, left @ right, scaled(tanh, m), dgate.to(gate.dtype).reshape(gate.shape)
 
 
 forward_op.register_autograd(backward, setup_context=save_for_backward)
