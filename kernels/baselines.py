@@ -1,5 +1,7 @@
-"""What the kernels are timed against (benchmark.py): each takes (q, k, v, kv_len), prepares what may be prepared beforehand, and
-gives a function of no arguments that computes the attention."""
+"""What the kernels are timed against (benchmark.py), on what, and that they are right before.
+
+Each form of attention takes (q, k, v, kv_len), prepares what may be prepared beforehand, and gives a function of no arguments that
+computes it."""
 from __future__ import annotations
 
 import functools
@@ -11,6 +13,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import kernels
 
 from . import reference
+
+ODD = [(113, 203), (128, 217), (113, 211), (108, 256), (256, 512), (1023, 1024), (1024, 1023), (1, 128), (1, 4096), (17, 1)]
+
+
+def make(B, T, L, shots, H=8, K=64, dtype=torch.bfloat16, device="cuda"):
+    """q, k, v (views of (B, X, H, K)), kv_len of `shots` equal shots, and a gradient of the output."""
+    q, k, v = (torch.randn(B, n, H, K, dtype=dtype, device=device).transpose(1, 2).requires_grad_() for n in (T, L, L))
+    shot = torch.arange(T, device=device) * shots // T + 1
+    return q, k, v, (shot * L // shots).to(torch.int32).expand(B, T).contiguous(), torch.randn_like(q)
 
 
 def einsum(q, k, v, kv_len):
@@ -75,3 +86,34 @@ ATTENTION = {"ours": ours, "einsum, mask every call": einsum, "SDPA cuDNN": sdpa
              "SDPA memory-efficient": sdpa(SDPBackend.EFFICIENT_ATTENTION), "SDPA flash": sdpa(SDPBackend.FLASH_ATTENTION),
              "FlexAttention, mask ready": flex(True), "FlexAttention, mask every call": flex(False),
              "flash-attn varlen": flash_varlen}
+
+
+def check(shapes=ODD, repeated=((8, 512, 128, 8), (1, 1023, 1024, 4)), repeats=250, device="cuda") -> None:
+    """Kernels against float64 (bounds of test_kernels_interpreted.py), then bitwise equal repetitions; raises AssertionError."""
+    def kernel(*tensors):
+        return ours(*tensors)()
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for T, L in shapes:
+            *inputs, kv_len, do = make(2, T, L, min(4, L), 2, dtype=dtype, device=device)
+            kv_len[1, : T // 2] = 0
+            found, peer, exact = (results(function, x, kv_len, do.to(x[0].dtype)) for function, x in (
+                (kernel, inputs), (reference.attend, inputs),
+                (reference.attend, [x.detach().double().requires_grad_() for x in inputs])))
+            for i, name in enumerate(("out", "dq", "dk", "dv")):
+                rounded = exact[i].to(dtype)
+                bound = (3 if i else 2) * (peer[i].double() - exact[i]).abs().max() \
+                    + 2 * (rounded + 0.3 - 0.3 - rounded).abs().max() + 32 * torch.finfo(torch.float32).eps
+                error = (found[i].double() - exact[i]).abs().max()
+                assert error <= bound, f"{name} at T {T}, L {L}, {dtype}: got error {error:.2e}, expected <= {bound:.2e}"
+    for shape in repeated:
+        *inputs, kv_len, do = make(*shape, device=device)
+        first = results(kernel, inputs, kv_len, do)
+        for _ in range(repeats):
+            again = results(kernel, inputs, kv_len, do)
+            assert all(torch.equal(a, b) for a, b in zip(first, again)), f"a repetition at B, T, L, shots = {shape} differs"
+    print(f"correct on {len(shapes)} shapes in 3 precisions; {repeats} repetitions of {len(repeated)} equal bit by bit", flush=True)
+
+
+def results(function, inputs, kv_len, do):
+    out = function(*inputs, kv_len)
+    return [x.detach() for x in (out, *torch.autograd.grad(out, inputs, do))]

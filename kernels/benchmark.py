@@ -17,13 +17,14 @@ Projection: x + tanh(g) a Wᵀ, fused and folded; the keys and values of all 24 
 step, prompt and one-token decoding of `af1` with random weights, kernels and CUDA graph on and off (benchmark_model.py).
 
 TFLOP/s count visible keys only: 4·K·H·sum(kv_len) forward, 2.5 times that backward. The roofline is measured in the same run
-(a large copy, a large matrix product). What `--dry` cannot try: __init__.py says.
+(a large copy, a large matrix product). peak_mib is the memory that one run takes at most. What `--dry` cannot try: __init__.py says.
 """
 from __future__ import annotations
 
 import contextlib
 import copy
 import csv
+import functools
 import io
 import math
 import os
@@ -35,6 +36,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -42,12 +44,11 @@ import kernels
 from af_min import cli
 
 from . import reference
-from .baselines import ATTENTION, einsum, ours
+from .baselines import ATTENTION, check, einsum, make
 
 CORE = [(8, 512, 128, 1), (8, 512, 128, 8), (8, 2560, 128, 8), (8, 2560, 4096, 8), (1, 2560, 16384, 8)]   # B, T, L, shots
 BLOCK = [(8, 512, 128, 1), (8, 2560, 128, 8)]
-ODD = [(113, 203), (128, 217), (113, 211), (108, 256), (256, 512), (1023, 1024), (1024, 1023), (1, 128), (1, 4096), (17, 1)]
-HEADER = ("table", "shape", "implementation", "pass", "median_us", "p20_us", "p80_us", "visible_tflops", "roofline_share")
+HEADER = ("table", "shape", "implementation", "pass", "median_us", "p20_us", "p80_us", "visible_tflops", "roofline_share", "peak_mib")
 
 
 @dataclass(frozen=True)
@@ -57,13 +58,6 @@ class Settings:
     dry: bool = cli.flag(False, "every measurement once, with tiny shapes, on the CPU: are there mistakes? no figures")
     out: str = cli.flag("kernels/results", "folder for benchmark.csv, benchmark.png, profiles, tests.txt (--dry: a folder in it)")
     minutes: float = cli.flag(8.0, "begin no measurement after so long")
-
-
-def make(B, T, L, shots, H=8, K=64, dtype=torch.bfloat16, device="cuda"):
-    """q, k, v (views of (B, X, H, K)), kv_len of `shots` equal shots, and a gradient of the output."""
-    q, k, v = (torch.randn(B, n, H, K, dtype=dtype, device=device).transpose(1, 2).requires_grad_() for n in (T, L, L))
-    shot = torch.arange(T, device=device) * shots // T + 1
-    return q, k, v, (shot * L // shots).to(torch.int32).expand(B, T).contiguous(), torch.randn_like(q)
 
 
 @dataclass
@@ -106,14 +100,35 @@ class Bench:
     def compile(self, function):
         return torch.compile(function, dynamic=False, backend="aot_eager" if self.dry else "inductor")
 
-    def time(self, run, milliseconds: int = 100) -> tuple[float, float, float]:
-        """Median, 20th and 80th percentile in microseconds; Triton's timer empties the L2 cache between repetitions."""
+    @functools.cached_property
+    def gigabyte(self) -> torch.Tensor:
+        return torch.empty(2**10 if self.dry else 2**30, dtype=torch.uint8, device=self.device)
+
+    def time(self, run, milliseconds: int = 100, ahead: bool = True) -> tuple[float, float, float, float]:
+        """Median, 20th and 80th percentile in microseconds; the MiB that a run takes at most beyond what it finds.
+
+        ahead: before every repetition the GPU fills 1 GiB, and Python has a third of a millisecond to launch what comes: a short
+        run is the GPU's work alone, with an empty L2 cache. Otherwise waiting for Python counts, as it does in the model."""
         if self.dry:
             started = time.perf_counter()
             run()
-            return ((time.perf_counter() - started) * 1e6,) * 3
-        from triton.testing import do_bench
-        return tuple(1000 * t for t in do_bench(run, rep=milliseconds, quantiles=[0.5, 0.2, 0.8]))
+            return (*[(time.perf_counter() - started) * 1e6] * 3, 0.0)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        found, started = torch.cuda.memory_allocated(), time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        repeats = int(milliseconds / 1000 / (time.perf_counter() - started))
+        peak = torch.cuda.max_memory_allocated() - found
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(min(max(5, repeats), 200))]
+        for begin, end in events:
+            if ahead:
+                self.gigabyte.zero_()
+            begin.record()
+            run()
+            end.record()
+        torch.cuda.synchronize()
+        return (*np.quantile([1000 * begin.elapsed_time(end) for begin, end in events], (0.5, 0.2, 0.8)), peak / 2**20)
 
     def passes(self, run, inputs, do) -> dict:
         """The times of forward, backward and both; the first call, which compiles, is not timed."""
@@ -130,25 +145,24 @@ class Bench:
 
     def measure_roof(self) -> None:
         """A 1 GiB copy and an 8192³ product."""
-        size, side = (2**10, 64) if self.dry else (2**30, 8192)
-        big, square = (torch.ones(n, dtype=d, device=self.device) for n, d in ((size, torch.uint8), ((side, side), torch.bfloat16)))
-        target = torch.empty_like(big)
-        copied, multiplied = self.time(lambda: target.copy_(big))[0], self.time(lambda: square @ square)[0]
-        self.roof = 2e6 * size / copied, 2e6 * side**3 / multiplied
+        target, side = torch.empty_like(self.gigabyte), 64 if self.dry else 8192
+        square = torch.ones(side, side, dtype=torch.bfloat16, device=self.device)
+        copied, multiplied = self.time(lambda: target.copy_(self.gigabyte))[0], self.time(lambda: square @ square)[0]
+        self.roof = 2e6 * target.nbytes / copied, 2e6 * side**3 / multiplied
         print(f"copy {self.roof[0] / 1e12:.2f} TB/s, matrix product {self.roof[1] / 1e12:.0f} TFLOP/s", flush=True)
 
     def add(self, table, shape, name, times, flop=None, moved=None) -> None:
         """Keep and print a line for each pass. flop, moved: visible FLOP and necessary bytes of the forward pass."""
         factors, rows = {"forward": (1, 1), "backward": (2.5, 2), "both": (3.5, 3)}, []
-        for which, (median, low, high) in times.items():
+        for which, (median, low, high, peak) in times.items():
             tflops = share = ""
             if flop:
                 work, traffic = (x * y for x, y in zip(factors[which], (flop, moved)))
                 tflops = f"{work / median / 1e6:.1f}"
                 share = f"{max(work / self.roof[1], traffic / self.roof[0]) * 1e6 / median:.2f}"
-            rows.append((table, shape, name, which, f"{median:.1f}", f"{low:.1f}", f"{high:.1f}", tflops, share))
-            print(f"{table:10} {shape:24} {name:32} {which:9} {median:10.1f} us  [{low:.1f}, {high:.1f}]  {tflops:>7} {share:>5}",
-                  flush=True)
+            rows.append((table, shape, name, which, f"{median:.1f}", f"{low:.1f}", f"{high:.1f}", tflops, share, f"{peak:.1f}"))
+            print(f"{table:10} {shape:24} {name:32} {which:9} {median:10.1f} us  [{low:.1f}, {high:.1f}]  {tflops:>7} {share:>5}  "
+                  f"{peak:.1f} MiB", flush=True)
         self.keep(*rows)
 
     def attempt(self, table, shape, name, run, **work) -> None:
@@ -160,40 +174,7 @@ class Bench:
         except (RuntimeError, ImportError) if self.dry else Exception as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:100]
             print(f"{table:10} {shape:24} {name:32} not run: {reason}", flush=True)
-            self.keep((table, shape, name, "not run: " + reason, "", "", "", "", ""))
-
-
-# --- correctness, before anything is timed ---------------------------------------------------------------------------------
-
-def check(shapes=ODD, repeated=((8, 512, 128, 8), (1, 1023, 1024, 4)), repeats=250, device="cuda") -> None:
-    """Kernels against float64 (bounds of test_kernels_interpreted.py), then bitwise equal repetitions; raises AssertionError."""
-    def kernel(*tensors):
-        return ours(*tensors)()
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for T, L in shapes:
-            *inputs, kv_len, do = make(2, T, L, min(4, L), 2, dtype=dtype, device=device)
-            kv_len[1, : T // 2] = 0
-            found, peer, exact = (results(function, x, kv_len, do.to(x[0].dtype)) for function, x in (
-                (kernel, inputs), (reference.attend, inputs),
-                (reference.attend, [x.detach().double().requires_grad_() for x in inputs])))
-            for i, name in enumerate(("out", "dq", "dk", "dv")):
-                rounded = exact[i].to(dtype)
-                bound = (3 if i else 2) * (peer[i].double() - exact[i]).abs().max() \
-                    + 2 * (rounded + 0.3 - 0.3 - rounded).abs().max() + 32 * torch.finfo(torch.float32).eps
-                error = (found[i].double() - exact[i]).abs().max()
-                assert error <= bound, f"{name} at T {T}, L {L}, {dtype}: got error {error:.2e}, expected <= {bound:.2e}"
-    for shape in repeated:
-        *inputs, kv_len, do = make(*shape, device=device)
-        first = results(kernel, inputs, kv_len, do)
-        for _ in range(repeats):
-            again = results(kernel, inputs, kv_len, do)
-            assert all(torch.equal(a, b) for a, b in zip(first, again)), f"a repetition at B, T, L, shots = {shape} differs"
-    print(f"correct on {len(shapes)} shapes in 3 precisions; {repeats} repetitions of {len(repeated)} equal bit by bit", flush=True)
-
-
-def results(function, inputs, kv_len, do):
-    out = function(*inputs, kv_len)
-    return [x.detach() for x in (out, *torch.autograd.grad(out, inputs, do))]
+            self.keep((table, shape, name, "not run: " + reason, *[""] * 6))
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------------
@@ -203,9 +184,15 @@ def core_table(bench: Bench, shapes=CORE, compiled: bool = False) -> None:
     for B, T, L, shots in shapes:
         q, k, v, kv_len, do = make(B, T, L, shots, device=bench.device)
         work = {"flop": 4 * 64 * 8 * int(kv_len.sum()), "moved": q.element_size() * 2 * (q.numel() + k.numel())}
+        exact = reference.attend(*(x.detach().float() for x in (q, k, v)), kv_len)
         for name in [name for name in ATTENTION if name.startswith("Flex") == compiled]:
-            bench.attempt("core", f"B{B} T{T} L{L} shots {shots}", name,
-                          lambda: bench.passes(ATTENTION[name](q, k, v, kv_len), (q, k, v), do), **work)
+            def measured():
+                run = ATTENTION[name](q, k, v, kv_len)
+                error = float((run().detach() - exact).abs().max())
+                if not error < 0.1:                       # bf16 scores cost less, another mask more
+                    raise RuntimeError(f"computes something else: off by {error:.2f}")
+                return bench.passes(run, (q, k, v), do)
+            bench.attempt("core", f"B{B} T{T} L{L} shots {shots}", name, measured, **work)
         torch.compiler.reset()
 
 
@@ -232,31 +219,35 @@ def block_table(bench: Bench, shapes=BLOCK, width=2048, dtype=torch.bfloat16) ->
             torch.compiler.reset()
 
 
-def projection_table(bench: Bench, shapes=((4096, 512), (20480, 512), (4096, 8192), (8, 512)), D=2048, blocks=24,
-                     heard=(16, 128, 1024)) -> None:
-    """Forward of x + tanh(g) a Wᵀ for the attention's output (E = 512), the feed-forward (E = 8192) and decoding (8 rows), and
-    of the blocks' key-value projections of `heard` audio tokens: apart, by one product of weights stacked on the call or before."""
+@torch.no_grad()
+def projection_table(bench: Bench, shapes=((4096, 512), (20480, 512), (4096, 8192), (20480, 8192), (8, 512), (8, 8192)), D=2048,
+                     blocks=24, heard=(16, 128, 1024)) -> None:
+    """Forward of x + tanh(g) a Wᵀ for the attention's output (E = 512) and the feed-forward (E = 8192), in training and in decoding
+    (8 rows); keys and values of all blocks from `heard` audio tokens, a product a block and at once (af_min/xattn.py)."""
+    from af_min.config import XattnConfig
+    from af_min.xattn import GatedCrossAttention, keys_values_at_once
+
     from . import residual
 
     def random(*shape):
         return torch.randn(*shape, device=bench.device, dtype=torch.bfloat16)
 
-    def time(shape, name, run):
-        bench.attempt("projection", shape, name, lambda: run() is None or {"forward": bench.time(run)})   # once: it compiles
+    def measure(shape, name, run, ahead=True):
+        bench.attempt("projection", shape, name, lambda: run() is None or {"forward": bench.time(run, ahead=ahead)})   # once: it compiles
     for R, E in shapes:
         x, a, w, g = random(R, D), random(R, E), random(D, E), random(1)
         for name, function in (("fused", residual.fused), ("folded, cuBLAS", residual.folded),
                                ("PyTorch", reference.gated_residual),
                                ("PyTorch, torch.compile", bench.compile(reference.gated_residual))):
-            time(f"rows {R} E {E}", name, lambda: function(x, a, w, g))
-    weights = [random(D // 2, D // 2) for _ in range(blocks)]
-    stacked = torch.cat(weights)
+            measure(f"rows {R} E {E}", name, lambda: function(x, a, w, g))
+    every = [GatedCrossAttention(XattnConfig(), 8, D // 2, 1).to(bench.device, torch.bfloat16) for _ in range(blocks)]
+    stacked = torch.cat([block.kv.weight for block in every])
     for rows in heard:
-        x = random(rows, D // 2)
-        for name, run in (("a product a block", lambda: [F.linear(x, w) for w in weights]),
-                          ("one, stacked on the call", lambda: F.linear(x, torch.cat(weights))),
-                          ("one, stacked before", lambda: F.linear(x, stacked))):
-            time(f"kv of {blocks} blocks, L {rows}", name, run)
+        x, number = random(1, rows, D // 2), torch.ones(1, rows, dtype=torch.long, device=bench.device)
+        for name, run in (("a product a block", lambda: [block.keys_values(x, number) for block in every]),
+                          ("at once", lambda: keys_values_at_once(every, x, number)),
+                          ("at once, weights kept stacked", lambda: F.linear(x, stacked))):
+            measure(f"kv of {blocks} blocks, L {rows}", name, run, ahead=False)         # the launches are what one product saves
 
 
 def plot(bench: Bench) -> None:
@@ -313,7 +304,7 @@ def cpu_ratio(repeats: int = 25) -> None:
             f"{middle['ours', which] / middle['SDPA', which]:.2f}" for which in ("forward", "both")), flush=True)
 
 
-def run_tests(bench: Bench, seconds: float = 150) -> None:
+def run_tests(bench: Bench) -> None:
     """test_kernels_interpreted.py on the device, long cases too, by four processes; what they print goes into tests.txt.
 
     Without triton's cache most of the time is compilation, hence the four. RuntimeError where a test fails or time runs out."""
@@ -321,18 +312,18 @@ def run_tests(bench: Bench, seconds: float = 150) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-m", "", "-p", "no:cacheprovider", "tests/test_kernels_interpreted.py", "-k"]
     running = [subprocess.Popen([*command, part], cwd=Path(__file__).parents[1], text=True, stdout=subprocess.PIPE,
                                 stderr=subprocess.STDOUT) for part in parts]
-    end, told = time.monotonic() + seconds, []
+    end, told = min(time.monotonic() + 150, bench.deadline + 60), []
     for process in running:
         try:
             told.append(process.communicate(timeout=max(1.0, end - time.monotonic()))[0])
         except subprocess.TimeoutExpired:
             process.kill()
-            told.append(process.communicate()[0] + f"\nstopped after {seconds:.0f} s\n")
+            told.append(process.communicate()[0] + "\nstopped: no time left\n")
     bench.write("tests.txt", "".join(f"{bench.title}\n-k {part!r}:\n{text}" for part, text in zip(parts, told)))
     wrong = [part for part, process in zip(parts, running) if process.returncode]
     if wrong:
         raise RuntimeError(f"tests -k {wrong[0]!r} failed or ran out of time: see tests.txt")
-    bench.keep(("tests", "all", "kernels", "; ".join(text.splitlines()[-1].strip("= ") for text in told), "", "", "", "", ""))
+    bench.keep(("tests", "all", "kernels", "; ".join(text.splitlines()[-1].strip("= ") for text in told), *[""] * 6))
 
 
 def measure(bench: Bench) -> None:

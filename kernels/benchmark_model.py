@@ -108,6 +108,6 @@ def table(bench) -> None:
                 if which == "triton":
                     for part in [part for part in ("prompt", "step") if part in runs]:
                         profile(runs[part], bench, f"{shape} {name} {part}")
-                return {part: bench.time(run, 1000) for part, run in runs.items()}
+                return {part: bench.time(run, 1000, ahead=False) for part, run in runs.items()}
             with bench.backend(which), torch.set_grad_enabled(train):
                 bench.attempt("model", shape, name, measure)
