@@ -7,11 +7,18 @@ The backend is the argument `backend`, else the environment variable AF_MIN_KERN
 CUDA tensors that it can take and PyTorch for the rest. One that was asked for and cannot run is an error that says why.
 
 Triton's interpreter and its compiler, which need no GPU, prove what the kernels compute (tests/test_kernels_interpreted.py)
-and that they fit (check_compile.py). Only a GPU can exercise, and `python -m kernels.benchmark` does all of it:
-    the compiled binaries: their results (wgmma, bf16 products) and 250 repetitions that are equal bit by bit
-    their speed: tiles, warps and stages in CONFIGS, SPLIT, LONG, WIDE, torch.compile's code around them
-    recording and replaying a CUDA graph (af_min/decoding.py); the reference and SDPA's backends on CUDA tensors
-    the baselines that `--dry` lists as not run
+and that they fit (check_compile.py). No GPU figure has been measured yet. What only a GPU can exercise:
+    by `python -m kernels.benchmark`
+        the compiled binaries: their results (wgmma, bf16 products) and 250 repetitions that are equal bit by bit
+        their speed: tiles, warps and stages in CONFIGS, SPLIT, LONG, WIDE, torch.compile's code around them
+        autocast on CUDA; the reference and SDPA's backends on CUDA tensors; the baselines that `--dry` lists as not run
+        recording and replaying a CUDA graph (af_min/decoding.py)
+        the keys and values of all blocks by one product (`keys_values_at_once` in af_min/xattn.py): its speed and memory
+        the benchmark's own timer and profiler
+    by using the model there
+        the choice of Triton by device and compute capability, where nothing is forced; a recording that fails
+        tensors on another GPU than the current one (the device guards)
+
 Tried with triton 3.7 (torch 2.13) and 3.6 (torch 2.11); the interpreter of 3.6 wants numpy below 2.4.
 
 Read on: reference.py (PyTorch), masked_xattn.py and residual.py (Triton), check_compile.py, benchmark.py with
