@@ -28,7 +28,7 @@ import soundfile
 
 from .questions import (LENGTH, PITCH, QUESTIONS, WINDOW, Event, description, dialogue, draw_names, glossary, interview, made_up_word,
                         told_scene, window_text)
-from .synth import CLASSES, RATE, TRAIN_CLASSES, UNSEEN_CLASSES, Patch, describe, random_patch, render
+from .synth import CLASSES, RATE, TRAIN_CLASSES, Patch, describe, random_patch, render
 
 MAX_SECONDS = 5.3           # of a scene: 33 windows of 0.6 s, 0.15 s apart, reach 5.4 s
 LEAD = 0.43                 # seconds before the first sound of a scene: its onset is in four windows, as every other

@@ -1,6 +1,4 @@
 """train.py --lm: a new model on a published language model, with the encoder of another run, from CLAP, or trained from nothing."""
-import json
-
 import pytest
 import torch
 
