@@ -65,7 +65,8 @@ def open_file(path: Path) -> dict[str, Entry]:
         head = file.read(9)
     if head[:4] == b"PK\x03\x04" and not zipfile.is_zipfile(path):
         raise UserError(f"{path}: truncated: the end of torch.save's zip archive is missing; copy or download it again")
-    if head[:4] == b"PK\x03\x04" or head[:1] == b"\x80":       # a zip; a pickle, with which torch's old layout begins
+    pickled = head[:1] == b"\x80" and head[8:] != b"{"           # as torch's old layout begins; so may a length before JSON
+    if head[:4] == b"PK\x03\x04" or pickled:
         return open_torch(path)
     if path.suffix == ".safetensors" or head[8:] == b"{":
         return open_safetensors(path)

@@ -158,6 +158,19 @@ def test_missing_unexpected_and_misshapen_tensors_are_named(llama):
             load_lm(folder)
 
 
+@pytest.mark.parametrize("suffix", ["safetensors", "pth"])
+def test_what_a_file_is_does_not_hang_on_the_length_of_its_header(tmp_path, suffix):
+    """A header of 0x80 bytes, or 0x80 more than a multiple of 256, begins with the byte that a pickle begins with."""
+    begun = set()
+    for padding in range(0, 512, 4):
+        save_file({"x": torch.arange(3.0)}, tmp_path / f"a.{suffix}", {"padding": "-" * padding})
+        begun.add((tmp_path / f"a.{suffix}").read_bytes()[0])
+        assert open_file(tmp_path / f"a.{suffix}")["x"].read().tolist() == [0, 1, 2]
+    assert 0x80 in begun
+    torch.save({"x": torch.arange(3.0)}, tmp_path / "old.bin", _use_new_zipfile_serialization=False)
+    assert open_file(tmp_path / "old.bin")["x"].read().tolist() == [0, 1, 2]
+
+
 def test_damaged_files_are_named(llama, tmp_path):
     folder, state, _ = llama
     path = folder / "model.safetensors"
