@@ -3,11 +3,11 @@
     python -m tests.bench_full_size [FOLDER]          10 GB of disk and of memory; FOLDER (default: a temporary one) is emptied again
 
 Runs the three commands of a user, each in a process of its own; fails where converting or asking takes more memory than 1.25 times the
-written weights and 1 GB. On two CPU cores shared with other work (load 4 to 5), torch 2.13:
+written weights and 1 GB. On two CPU cores (AMD EPYC with bfloat16 instructions), torch 2.13:
 
-    write      62 s                                      8.78 GiB, float32
-    convert    37 s   peak memory 5.33 GiB               4.39 GiB, bfloat16; 691 + 182 tensors, 2354 M numbers
-    sample.py  47 s   peak memory 4.94 GiB               first word 16 s after loading (3 windows, 75 tokens), 0.32 tokens/s
+    write                                                8.78 GiB, float32
+    convert    10 s   peak memory 4.81 GiB               4.39 GiB, bfloat16; 691 + 182 tensors, 2354 M numbers
+    sample.py   9 s   peak memory 4.88 GiB               first word 1.3 s after loading, 8 tokens at 5.6/s
 """
 import os
 import shlex
