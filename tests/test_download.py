@@ -242,7 +242,7 @@ def linked_7z(path):
 
 @pytest.mark.parametrize("name, make, reason", [
     *((name, lambda path, bad=bad, make=make: make(path, {"good.wav": b"x", bad: b"y"}), "outside")
-      for name, make in (("x.zip", make_zip), ("x.tar.gz", make_tar)) for bad in ("../evil.wav", "/tmp/evil.wav", "a/../../evil.wav", "..\\evil.wav")),
+      for name, make in (("x.zip", make_zip), ("x.tar.gz", make_tar)) for bad in ("../evil.wav", "/evil.wav", "a/../../evil.wav", "..\\evil.wav")),
     ("x.zip", linked_zip, "a link"), ("x.7z", linked_7z, "a link"),
     *(("x.tar.gz", linked_tar(kind), "a link or a device") for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE)),
     *((name, lambda path, make=make: make(path, {f"{i}.wav": b"\0" * 10 ** 6 for i in range(4)}), "bomb")
