@@ -33,7 +33,6 @@ from af_min import checkpoint, cli, text
 from af_min.answering import answer, grouped, read, score
 from af_min.audio import MIN_SECONDS, AudioError
 from af_min.cli import UserError, flag
-from af_min.few_rows import lay_out
 from af_min.flamingo import AudioFlamingo, Sampling, State
 from af_min.retrieval import Heard, Library, Place, hear
 from af_min.text import Sample, Tokenizer, write_sample
@@ -248,7 +247,6 @@ def chat(args: Args, model: AudioFlamingo, tokenizer: Tokenizer, sampling: Sampl
     """Questions from the terminal, answers as their words come, the rate after each on standard error."""
     heard = hear_or_warn(model, args.audio[0])
     note(f"a dialogue about {heard.path} ({heard.recording.seconds:.2f} s); exit ends it")
-    lay_out(model, 1)
     dialogue = Dialogue(model, tokenizer, heard)
     for question in questions():
         printer, started = Printer(tokenizer), time.perf_counter()
@@ -277,7 +275,9 @@ def footer(model: AudioFlamingo, measured: str) -> None:
     """What was measured, and on what."""
     device = next(model.parameters()).device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    note(f"[{measured}; {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {name}, torch {torch.__version__}]")
+    tied = model.config.lm.tied_head                     # then `pack` may have made a copy
+    size = sum(p.numel() for part, p in model.named_parameters() if not (tied and part == "lm.head.weight"))
+    note(f"[{measured}; {size / 1e6:.2f} M parameters, {name}, torch {torch.__version__}]")
 
 
 def ask(args: Args, model: AudioFlamingo, tokenizer: Tokenizer, sampling: Sampling) -> None:
@@ -320,6 +320,7 @@ def main() -> None:
     check(args)
     device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
     model, tokenizer = checkpoint.load_run(Path(args.run), device)
+    model.lm.pack()
     (chat if args.chat else ask)(args, model, tokenizer, Sampling(args.temperature, args.top_k, args.top_p, args.seed))
 
 

@@ -29,6 +29,8 @@ import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
 from torch import Tensor, nn
 
+from kernels.linear import Linear
+
 from .audio import Float32, LogMel
 from .config import AudioConfig, ClapConfig
 
@@ -40,8 +42,8 @@ class Block(nn.Module):
         super().__init__()
         self.heads = heads
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.qkv, self.proj = Linear(width, 3 * width), Linear(width, width)
+        self.fc1, self.fc2 = Linear(width, 4 * width), Linear(4 * width, width)
 
     def forward(self, x_BTD: Tensor, bias: Tensor) -> Tensor:
         """x (B, T, D) -> (B, T, D). bias: what is added to the logits, broadcast to (B, H, T, T)."""
@@ -92,7 +94,7 @@ class Merge(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.norm = nn.LayerNorm(4 * width)
-        self.reduction = nn.Linear(4 * width, 2 * width, bias=False)
+        self.reduction = Linear(4 * width, 2 * width, bias=False)
 
     def forward(self, x_AYXD: Tensor) -> Tensor:
         return self.reduction(self.norm(rearrange(x_AYXD, "a (y p) (x q) d -> a y x (q p d)", p=2, q=2)))
@@ -117,7 +119,7 @@ class Projection(nn.Module):
 
     def __init__(self, width: int, out_width: int):
         super().__init__()
-        self.linear1, self.linear2 = nn.Linear(width, out_width, bias=False), nn.Linear(out_width, out_width, bias=False)
+        self.linear1, self.linear2 = Linear(width, out_width, bias=False), Linear(out_width, out_width, bias=False)
         self.norm = nn.LayerNorm(out_width)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -147,7 +149,7 @@ class WindowEncoder(nn.Module):
         self.mel_norm = MelNorm(audio.n_mels)
         stretch = F.interpolate(torch.eye(frames)[None, None], (wanted, frames), mode="bicubic", align_corners=True)[0, 0]
         self.register_buffer("stretch", stretch, persistent=False)             # (wanted, frames): bicubic is linear in x
-        self.patches = nn.Linear(clap.patch ** 2, clap.width)
+        self.patches = Linear(clap.patch ** 2, clap.width)
         self.patch_norm = nn.LayerNorm(clap.width)
         self.stages = nn.ModuleList(
             Stage(clap.width << n, heads, depth, clap.image_size // clap.patch >> n, clap.attention_window, n == last)

@@ -20,7 +20,7 @@ from .store import Store
 from .text import IGNORE, Sample, Tokenizer, write_sample
 
 PARTS = 4           # of a batch, at most, each padded for itself
-PART_TOKENS = 640   # of a part, at least: fewer are not worth a pass of their own
+PART_TOKENS = 1280  # of a part, at least: fewer are not worth a pass of their own
 EPOCH_BATCHES = 16  # batches of a virtual epoch: enough to sort by length, few enough to mix
 
 

@@ -26,8 +26,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from kernels.linear import Linear, linear, pack
+
 from .config import LMConfig
-from .few_rows import linear
 
 POSITION_OFFSET = 2      # OPT's table starts with two rows that no token uses: 0, and 1 for padding
 
@@ -82,21 +83,21 @@ class Attention(nn.Module):
     def __init__(self, config: LMConfig):
         super().__init__()
         self.head_dim = config.head_dim
-        self.q = nn.Linear(config.width, config.heads * config.head_dim, bias=config.qkv_bias)
-        self.k = nn.Linear(config.width, config.kv_heads * config.head_dim, bias=config.qkv_bias)
-        self.v = nn.Linear(config.width, config.kv_heads * config.head_dim, bias=config.qkv_bias)
-        self.out = nn.Linear(config.heads * config.head_dim, config.width, bias=config.bias)
+        self.q = Linear(config.width, config.heads * config.head_dim, bias=config.qkv_bias)
+        self.k = Linear(config.width, config.kv_heads * config.head_dim, bias=config.qkv_bias)
+        self.v = Linear(config.width, config.kv_heads * config.head_dim, bias=config.qkv_bias)
+        self.out = Linear(config.heads * config.head_dim, config.width, bias=config.bias)
 
     def forward(self, x_BTD: Tensor, layer: int, seen: Tensor | None, angles, cache: KVCache | None) -> Tensor:
         """seen: (B, 1, T, C) bool, or None when token t sees exactly what `is_causal` says; angles: cos and sin, or None."""
-        q, k, v = (linear(x_BTD, part).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        q, k, v = (part(x_BTD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in (self.q, self.k, self.v))
         if angles is not None:
             q, k = rotate(q, *angles), rotate(k, *angles)
         if cache is not None:
             k, v = cache.append(layer, k, v)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=seen is None and q.shape[2] > 1,
                                            enable_gqa=q.shape[1] != k.shape[1])
-        return linear(rearrange(y, "b h t k -> b t (h k)"), self.out)
+        return self.out(rearrange(y, "b h t k -> b t (h k)"))
 
 
 class ShortConvolution(nn.Module):
@@ -127,14 +128,14 @@ class MLP(nn.Module):
 
     def __init__(self, config: LMConfig):
         super().__init__()
-        self.gate = nn.Linear(config.width, config.inner, bias=config.bias) if config.mlp == "swiglu" else None
-        self.up = nn.Linear(config.width, config.inner, bias=config.bias)
-        self.down = nn.Linear(config.inner, config.width, bias=config.bias)
+        self.gate = Linear(config.width, config.inner, bias=config.bias) if config.mlp == "swiglu" else None
+        self.up = Linear(config.width, config.inner, bias=config.bias)
+        self.down = Linear(config.inner, config.width, bias=config.bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         if self.gate is None:
-            return linear(F.relu(linear(x_BTD, self.up)), self.down)
-        return linear(F.silu(linear(x_BTD, self.gate)) * linear(x_BTD, self.up), self.down)
+            return self.down(F.relu(self.up(x_BTD)))
+        return self.down(F.silu(self.gate(x_BTD)) * self.up(x_BTD))
 
 
 def make_norm(config: LMConfig) -> nn.Module:
@@ -174,7 +175,7 @@ class LM(nn.Module):
             if config.positions == "learned" else None
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
         self.norm = make_norm(config)
-        self.head = None if config.tied_head else nn.Linear(config.width, config.vocab_size, bias=False)
+        self.head = None if config.tied_head else Linear(config.width, config.vocab_size, bias=False)
         self.init_weights()
 
     @torch.no_grad()
@@ -244,7 +245,14 @@ class LM(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V). Apart from `forward`, so that training runs the widest matrix at labelled positions alone."""
-        return linear(hidden, self.head or self.embed)
+        return linear(hidden, (self.head or self.embed).weight)
+
+    def pack(self) -> None:
+        """Make ready for inference on a CPU alone (kernels/linear.py); where head and embedding are one, the head becomes a copy."""
+        if self.head is None:
+            self.head = Linear(self.config.width, self.config.vocab_size, bias=False, device="meta")
+            self.head.weight = self.embed.weight
+        pack(self)
 
     def _valid(self, ids_BT: Tensor, mask_BT: Tensor | None, cache: KVCache | None) -> Tensor | None:
         """Which of the C tokens so far are real, (B, C) bool; None if all are. Notes the new tokens' mask in the cache."""

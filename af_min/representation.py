@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
+from kernels.linear import Linear
+
 from .config import RepresentationConfig
 
 
@@ -33,10 +35,10 @@ class SelfAttention(nn.Module):
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.q = nn.Linear(width, width, bias=False)
-        self.k = nn.Linear(width, width, bias=False)
-        self.v = nn.Linear(width, width, bias=False)
-        self.out = nn.Linear(width, width, bias=False)
+        self.q = Linear(width, width, bias=False)
+        self.k = Linear(width, width, bias=False)
+        self.v = Linear(width, width, bias=False)
+        self.out = Linear(width, width, bias=False)
         self.norm = nn.LayerNorm(width, eps=1e-6)
 
     def forward(self, y_AWD: torch.Tensor, visible: torch.Tensor | None) -> torch.Tensor:
@@ -50,8 +52,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, width: int, inner: int):
         super().__init__()
-        self.up = nn.Linear(width, inner)
-        self.down = nn.Linear(inner, width)
+        self.up = Linear(width, inner)
+        self.down = Linear(inner, width)
         self.norm = nn.LayerNorm(width, eps=1e-6)
 
     def forward(self, y_AWD: torch.Tensor) -> torch.Tensor:

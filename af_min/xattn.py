@@ -29,6 +29,7 @@ from einops import rearrange
 from torch import nn
 
 import kernels
+from kernels.linear import Linear
 
 from .config import XattnConfig
 
@@ -56,13 +57,13 @@ class GatedCrossAttention(nn.Module):
         super().__init__()
         self.heads, inner, self.null_key = config.heads, config.heads * config.head_dim, int(config.null_key)
         self.norm = nn.LayerNorm(width)
-        self.q = nn.Linear(width, inner, bias=False)
-        self.kv = nn.Linear(audio_width, 2 * inner, bias=False)        # rows [K; V]
-        self.out = nn.Linear(inner, width, bias=False)
+        self.q = Linear(width, inner, bias=False)
+        self.kv = Linear(audio_width, 2 * inner, bias=False)        # rows [K; V]
+        self.out = Linear(inner, width, bias=False)
         self.attn_gate = nn.Parameter(torch.full((1,), config.gate_init))
         self.ff_norm = nn.LayerNorm(width)
-        self.up = nn.Linear(width, config.ff_mult * width, bias=False)
-        self.down = nn.Linear(config.ff_mult * width, width, bias=False)
+        self.up = Linear(width, config.ff_mult * width, bias=False)
+        self.down = Linear(config.ff_mult * width, width, bias=False)
         self.ff_gate = nn.Parameter(torch.zeros(1))
         self.index_q = self.index_k = None
         if config.audio_index:

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .linear import linear
+
 
 def visible(kv_len: Tensor, length: int) -> Tensor:
     """(B, T) -> (B, 1, T, length) bool: may token t look at key j? One comparison: j < kv_len[t]."""
@@ -82,4 +84,4 @@ def masked_cross_attention(q_BHTK: Tensor, k_BHLK: Tensor, v_BHLK: Tensor, kv_le
 
 def gated_residual(x: Tensor, a: Tensor, weight: Tensor, gate: Tensor) -> Tensor:
     """x (..., D) + tanh(gate) · a (..., E) Wᵀ with weight (D, E) and a gate of one element, in the dtype of x."""
-    return x + (torch.tanh(gate) * F.linear(a, weight)).to(x.dtype)
+    return x + (torch.tanh(gate) * linear(a, weight)).to(x.dtype)

@@ -290,11 +290,12 @@ def test_smollm2_ids_are_those_of_transformers(smollm2):
 
 
 @pytest.mark.peer
-@pytest.mark.parametrize("batch, at_least", bench_decode.AT_LEAST.items())
-def test_smollm2_decodes_faster_than_transformers(smollm2, batch, at_least):
+@pytest.mark.parametrize("batch", [1, 8])
+def test_smollm2_decodes_faster_than_transformers(smollm2, batch):
     """Greedy, 24 + 64 tokens, float32, alternating runs, the same tokens."""
     theirs, ours, _, transformers = smollm2
+    ours.pack()
     speed, peer = bench_decode.compare(ours, theirs, batch)
     print(f"\nSmolLM2-135M, CPU float32, {torch.get_num_threads()} threads, batch {batch}: ours {speed:.1f} tokens/s, "
           f"transformers {transformers.__version__} {peer:.1f}: {speed / peer:.2f}x")
-    assert speed > at_least * peer
+    assert speed > bench_decode.AT_LEAST * peer
