@@ -10,19 +10,19 @@ State is explicit: `Audio` is what text may look at, `State` adds the LM's key-v
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import nn
 
 from .clap import WindowEncoder
 from .config import Config
 from .decoding import reader
 from .lm import LM, KVCache
-from .representation import Representation
+from .representation import Representation, packed
 from .xattn import GatedCrossAttention, audio_number, keys_values_at_once, visible_windows
 
 IGNORE = -100  # label of a position that is not supervised
@@ -76,21 +76,32 @@ class AudioFlamingo(nn.Module):
         return torch.cat([self.encoder(part).float() for part in windows_AS.split(chunk)])
 
     def represent(self, windows_AWD: torch.Tensor, n_windows_BN: torch.Tensor) -> torch.Tensor:
-        """Audio tokens of every recording, (A, W, D); A counts the audios of all samples in order (n_windows_BN > 0)."""
-        present, max_windows = n_windows_BN > 0, self.config.audio.max_windows
-        number_A = torch.arange(n_windows_BN.shape[1], device=windows_AWD.device).expand_as(n_windows_BN)[present]
-        if not self.config.representation.attend_padding:
-            first_A = None if self.config.xattn.audio_index else number_A * max_windows
-            return self.representation(windows_AWD, n_windows_BN[present], first_A)
-        # The published model: one sequence of all slots a sample; silence in the unused ones; nothing is masked.
-        row_A = torch.arange(len(n_windows_BN), device=windows_AWD.device)[:, None].expand_as(n_windows_BN)[present]
-        slots = self.silence.to(windows_AWD.dtype).expand(len(n_windows_BN), self.config.representation.max_audios,
-                                                          max_windows, -1).clone()
-        w = windows_AWD.shape[1]
-        real = torch.arange(w, device=windows_AWD.device) < n_windows_BN[present][:, None]
-        slots[row_A, number_A, :w] = torch.where(real[..., None], windows_AWD, self.silence.to(windows_AWD.dtype))
-        heard = rearrange(self.representation(rearrange(slots, "b n w d -> b (n w) d")), "b (n w) d -> b n w d", w=max_windows)
-        return heard[row_A, number_A, :w]
+        """Audio tokens of all recordings, one behind the other without padding, (R, D); A counts the audios of all samples in order."""
+        row_A, number_A = (n_windows_BN > 0).nonzero(as_tuple=True)
+        n_windows_A, most, published = n_windows_BN[row_A, number_A], self.config.audio.max_windows, self.config.representation.attend_padding
+        window_AW = torch.arange(windows_AWD.shape[1], device=row_A.device).expand(windows_AWD.shape[:2])
+        real_AW = window_AW < n_windows_A[:, None]
+        if published:                              # one sequence of all slots a sample, silence in the unused ones; nothing is masked
+            shape = len(n_windows_BN), self.config.representation.max_audios * most
+            start_A = row_A * shape[1] + number_A * most
+        else:
+            starts, sequences = packed(n_windows_A.tolist())
+            start_A, shape = torch.tensor(starts, device=row_A.device), (sequences, int(n_windows_A.max()))
+        place_R = (start_A[:, None] + window_AW)[real_AW]
+
+        def placed(x_R: torch.Tensor, empty: torch.Tensor) -> torch.Tensor:
+            return empty.expand(math.prod(shape), *x_R.shape[1:]).index_copy(0, place_R, x_R).unflatten(0, shape)
+
+        zero = row_A.new_zeros(1)
+        windows_PSD = placed(windows_AWD[real_AW], (self.silence if published else zero).to(windows_AWD.dtype))
+        if published:
+            heard_PSD = self.representation(windows_PSD)
+        else:
+            first_A = zero if self.config.xattn.audio_index else number_A * most
+            recording_AW = 1 + torch.arange(len(row_A), device=row_A.device)[:, None].expand_as(window_AW)
+            heard_PSD = self.representation(windows_PSD, placed((first_A[:, None] + window_AW)[real_AW], zero),
+                                            placed(recording_AW[real_AW], zero))
+        return heard_PSD.flatten(0, 1)[place_R]
 
     def listen(self, windows_AWD: torch.Tensor, n_windows_BN: torch.Tensor) -> Audio:
         """Window embeddings of all audios of the batch -> keys and values for every cross-attention block.
@@ -108,9 +119,8 @@ class AudioFlamingo(nn.Module):
         slot_L = torch.arange(longest, device=n_windows_BN.device)
         audio_BLD = windows_AWD.new_zeros(len(n_windows_BN), longest, windows_AWD.shape[-1])
         if longest:
-            heard_AWD = self.represent(windows_AWD, n_windows_BN)
-            real = torch.arange(heard_AWD.shape[1], device=heard_AWD.device) < n_windows_BN[n_windows_BN > 0][:, None]
-            audio_BLD = audio_BLD.to(heard_AWD.dtype).masked_scatter((slot_L < length_B[:, None])[..., None], heard_AWD[real])
+            heard_RD = self.represent(windows_AWD, n_windows_BN)
+            audio_BLD = audio_BLD.to(heard_RD.dtype).masked_scatter((slot_L < length_B[:, None])[..., None], heard_RD)
         number_BL = (slot_L[:, None] >= n_windows_BN.cumsum(1)[:, None]).sum(-1) + 1
         blocks = [*self.xattn.values()]
         whole = all(type(block.kv.weight) is nn.Parameter for block in blocks)       # FSDP's are split over the processes

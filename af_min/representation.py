@@ -41,10 +41,10 @@ class SelfAttention(nn.Module):
         self.out = Linear(width, width, bias=False)
         self.norm = nn.LayerNorm(width, eps=1e-6)
 
-    def forward(self, y_AWD: torch.Tensor, visible: torch.Tensor | None) -> torch.Tensor:
-        q, k, v = (rearrange(project(y_AWD), "a w (h k) -> a h w k", h=self.heads) for project in (self.q, self.k, self.v))
+    def forward(self, y_PSD: torch.Tensor, visible: torch.Tensor | None) -> torch.Tensor:
+        q, k, v = (rearrange(project(y_PSD), "p s (h k) -> p h s k", h=self.heads) for project in (self.q, self.k, self.v))
         heads_out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
-        return self.norm(self.out(rearrange(heads_out, "a h w k -> a w (h k)")) + y_AWD)
+        return self.norm(self.out(rearrange(heads_out, "p h s k -> p s (h k)")) + y_PSD)
 
 
 class FeedForward(nn.Module):
@@ -56,12 +56,12 @@ class FeedForward(nn.Module):
         self.down = Linear(inner, width)
         self.norm = nn.LayerNorm(width, eps=1e-6)
 
-    def forward(self, y_AWD: torch.Tensor) -> torch.Tensor:
-        return self.norm(self.down(F.relu(self.up(y_AWD))) + y_AWD)
+    def forward(self, y_PSD: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.down(F.relu(self.up(y_PSD))) + y_PSD)
 
 
 class Representation(nn.Module):
-    """Window embeddings -> audio tokens, each recording for itself: (A, W, D) -> (A, W, D)."""
+    """Window embeddings -> audio tokens, each recording for itself."""
 
     def __init__(self, config: RepresentationConfig, width: int, max_windows: int):
         super().__init__()
@@ -71,20 +71,31 @@ class Representation(nn.Module):
             nn.ModuleList([SelfAttention(width, config.heads), FeedForward(width, config.inner)]) for _ in range(config.layers))
         self.register_buffer("positions", sinusoid_table(self.max_positions, width), persistent=False)
 
-    def forward(self, windows_AWD: torch.Tensor, n_windows_A: torch.Tensor | None = None,
-                first_A: torch.Tensor | None = None) -> torch.Tensor:
-        """windows_AWD: embeddings of A recordings, padded to W; n_windows_A: how many are real (None: all);
-        first_A: position of each recording's first window (None: 0). Returns (A, W, D); padded rows are meaningless."""
-        a, w, d = windows_AWD.shape
-        position = torch.arange(w, device=windows_AWD.device).expand(a, w)
-        if first_A is not None:
-            position = position + first_A[:, None]
-        # A padded slot may lie beyond the table; nobody reads its output.
-        table = self.positions[position.clamp(max=self.max_positions - 1)]
-        y = self.norm(windows_AWD * (self.scale or d ** 0.5) + table.to(windows_AWD.dtype))
+    def forward(self, windows_PSD: torch.Tensor, position_PS: torch.Tensor | None = None,
+                recording_PS: torch.Tensor | None = None) -> torch.Tensor:
+        """windows_PSD: P sequences of S window embeddings; position_PS: of each in its recording (None: 0, 1, ...); recording_PS: a
+        number of the recording that each is of, where a sequence holds several: a window sees those of its own (None: all).
+        Returns (P, S, D)."""
+        p, s, d = windows_PSD.shape
+        if position_PS is None:
+            position_PS = torch.arange(s, device=windows_PSD.device).expand(p, s)
+        y = self.norm(windows_PSD * (self.scale or d ** 0.5) + self.positions[position_PS].to(windows_PSD.dtype))
         visible = None
-        if n_windows_A is not None:  # (A, 1, 1, W): padded windows are nobody's key
-            visible = rearrange(torch.arange(w, device=y.device) < n_windows_A.clamp(min=1)[:, None], "a w -> a 1 1 w")
+        if recording_PS is not None:
+            visible = (recording_PS[:, :, None] == recording_PS[:, None, :])[:, None]
         for attend, feed_forward in self.layers:
             y = feed_forward(attend(y, visible))
         return y
+
+
+def packed(lengths: list[int]) -> tuple[list[int], int]:
+    """Recordings put one behind the other into sequences as long as the longest, each into the first that has room
+    -> where each starts, counted over all sequences; how many sequences. To pad each recording to the longest instead would be
+    to compute padding for the most part: half to two thirds of a batch of the embedded data."""
+    longest, filled, starts = max(lengths), [], []
+    for length in lengths:
+        sequence = next((i for i, used in enumerate(filled) if used + length <= longest), len(filled))
+        filled += [0] * (sequence == len(filled))
+        starts.append(sequence * longest + filled[sequence])
+        filled[sequence] += length
+    return starts, len(filled)

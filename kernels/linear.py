@@ -37,7 +37,11 @@ def in_rows(x: Tensor) -> Tensor:
     oneDNN writes machine code for every shape that it has not met, half a millisecond each time, and keeps 1024 of them."""
     x_RN = x.flatten(0, -2)
     more = -len(x_RN) % (1 << max(6, len(x_RN).bit_length() - 4))
-    return F.pad(x_RN, (0, 0, 0, more)) if more else x_RN
+    if not more:
+        return x_RN
+    out = x_RN.new_empty(len(x_RN) + more, x_RN.shape[1])          # F.pad would first fill all of it with zeros
+    out[:-more], out[-more:] = x_RN, 0
+    return out
 
 
 class Product(torch.autograd.Function):

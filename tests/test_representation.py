@@ -8,7 +8,7 @@ import torch
 
 from af_min.config import RepresentationConfig
 from af_min.flamingo import AudioFlamingo
-from af_min.representation import Representation, sinusoid_table
+from af_min.representation import Representation, packed, sinusoid_table
 from conftest import shake
 
 WIDTH, MAX_WINDOWS = 12, 6
@@ -80,23 +80,24 @@ def test_the_layers_are_their_equations(module):
 
 
 @torch.no_grad()
-def test_a_padded_recording_is_the_recording_alone(module):
-    """Padding is nobody's key: what stands in it, NaN excepted, changes nothing."""
-    x, n_windows = windows(4, MAX_WINDOWS, WIDTH), torch.tensor([6, 1, 4, 5])
-    got = module(x, n_windows)
-    for a, n in enumerate(n_windows.tolist()):
-        assert np.abs(got[a, :n].numpy() - by_formula(module, x[a, :n], range(n))).max() < 1e-5
-        x[a, n:] = 1e3
-    again = module(x, n_windows)
-    assert all(torch.equal(again[a, :n], got[a, :n]) for a, n in enumerate(n_windows.tolist()))
+def test_recordings_of_one_sequence_do_not_hear_each_other(module):
+    """Nor what stands in unused slots; each has its own positions, which can begin anywhere."""
+    x = windows(1, 9, WIDTH)
+    recording, position = torch.tensor([[1, 1, 1, 0, 2, 2, 2, 2, 0]]), torch.tensor([[0, 1, 2, 0, 12, 13, 14, 15, 0]])
+    got = module(x, position, recording)
+    for part, places in ((slice(0, 3), range(3)), (slice(4, 8), range(12, 16))):
+        assert np.abs(got[0, part].numpy() - by_formula(module, x[0, part], places)).max() < 1e-5
+    x[0, [3, 8]] = 1e3
+    again = module(x, position, recording)
+    assert torch.equal(again[0, :3], got[0, :3]) and torch.equal(again[0, 4:8], got[0, 4:8])
 
 
-@torch.no_grad()
-def test_positions_can_begin_anywhere(module):
-    x = windows(2, 5, WIDTH)
-    got = module(x, torch.tensor([5, 3]), torch.tensor([0, 2 * MAX_WINDOWS]))
-    assert np.abs(got[0].numpy() - by_formula(module, x[0], range(5))).max() < 1e-5
-    assert np.abs(got[1, :3].numpy() - by_formula(module, x[1, :3], range(12, 15))).max() < 1e-5
+@pytest.mark.parametrize("lengths, sequences", [([4], 1), ([1, 5, 3, 2, 2, 2], 4), ([2, 2, 2], 3), ([3, 1, 1, 1], 2), ([1] * 7, 7)])
+def test_recordings_are_packed_without_overlap(lengths, sequences):
+    starts, count = packed(lengths)
+    slots = [slot for start, length in zip(starts, lengths) for slot in range(start, start + length)]
+    assert count == sequences and len(set(slots)) == sum(lengths) and max(slots) < count * max(lengths)
+    assert all(start // max(lengths) == (start + length - 1) // max(lengths) for start, length in zip(starts, lengths))
 
 
 @torch.no_grad()
@@ -125,10 +126,10 @@ def flamingo(micro_config, attend_padding, audio_index):
 def test_every_audio_is_heard_for_itself_at_its_slots_positions(micro_config, audio_index):
     """Window w of audio n stands at n * max_windows + w; where the blocks number audios themselves, every audio begins at 0."""
     model, x = flamingo(micro_config, False, audio_index), windows(6, 6, WIDTH)
-    got = model.represent(x, N_WINDOWS)
+    got = model.represent(x, N_WINDOWS).split(N_WINDOWS[N_WINDOWS > 0].tolist())
     for a, (number, n) in enumerate(zip(NUMBERS, N_WINDOWS[N_WINDOWS > 0].tolist())):
         first = 0 if audio_index else number * MAX_WINDOWS
-        assert np.abs(got[a, :n].numpy() - by_formula(model.representation, x[a, :n], range(first, first + n))).max() < 1e-5
+        assert np.abs(got[a].numpy() - by_formula(model.representation, x[a, :n], range(first, first + n))).max() < 1e-5
 
 
 @torch.no_grad()
@@ -136,7 +137,7 @@ def test_attend_padding_is_one_sequence_of_all_slots_filled_with_silence(micro_c
     """The published layout: max_audios slots of max_windows; silence where no window is; nothing masked."""
     model, x = flamingo(micro_config, True, False), windows(6, 6, WIDTH)
     model.silence.copy_(windows(WIDTH, seed=7))
-    got, a = model.represent(x, N_WINDOWS), 0
+    got, a = model.represent(x, N_WINDOWS).split(N_WINDOWS[N_WINDOWS > 0].tolist()), 0
     for counts in N_WINDOWS.tolist():
         slots = np.tile(array(model.silence), (CONFIG.max_audios * MAX_WINDOWS, 1))
         own = range(a, a + sum(n > 0 for n in counts))
@@ -145,6 +146,6 @@ def test_attend_padding_is_one_sequence_of_all_slots_filled_with_silence(micro_c
         expected = by_formula(model.representation, slots, range(len(slots)))
         for slot, audio in enumerate(own):
             first = slot * MAX_WINDOWS
-            assert np.abs(got[audio, :counts[slot]].numpy() - expected[first:first + counts[slot]]).max() < 1e-5
+            assert np.abs(got[audio].numpy() - expected[first:first + counts[slot]]).max() < 1e-5
         a += len(own)
     assert a == 6
