@@ -145,6 +145,7 @@ class StageConfig:
     warmup: int                      # steps of linear warm-up
     batch: int                       # samples of the global batch, at most (clap: windows)
     batch_tokens: int                # padded text tokens of the global batch, at most
+    lm_rate: float = 1.0             # of the language model's learning rate, times lr: below 1 it does not outrun what listens for it
     decay: bool = False              # after the warm-up: False = constant (released settings), True = linear to a twentieth
     weight_decay: float = 0.1
     clip: float = 1.0
@@ -154,9 +155,9 @@ class StageConfig:
 STAGES = {
     "tiny": {
         "clap": StageConfig(steps=600, lr=2e-3, warmup=40, batch=128, batch_tokens=1 << 20, decay=True, weight_decay=0.05),
-        "lm": StageConfig(steps=1600, lr=2e-3, warmup=40, batch=256, batch_tokens=2560, decay=True, weight_decay=0.05),
-        "pretrain": StageConfig(steps=200, lr=2e-3, warmup=30, batch=256, batch_tokens=1280, decay=True, weight_decay=0.05),
-        "sft": StageConfig(steps=2800, lr=2e-3, warmup=40, batch=256, batch_tokens=1280, decay=True, weight_decay=0.05),
+        "lm": StageConfig(steps=1500, lr=2e-3, warmup=40, batch=256, batch_tokens=2560, decay=True, weight_decay=0.05),
+        "pretrain": StageConfig(steps=500, lr=2e-3, warmup=30, batch=256, batch_tokens=1280, decay=True, weight_decay=0.05),
+        "sft": StageConfig(steps=3000, lr=2e-3, warmup=100, lm_rate=0.5, batch=256, batch_tokens=1280, decay=True, weight_decay=0.05),
     },
     "af1": {  # released settings: global batch 384, then 128; constant rate after 1875 steps
         "clap": StageConfig(steps=100_000, lr=1e-4, warmup=1875, batch=512, batch_tokens=1 << 30),

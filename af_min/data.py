@@ -47,13 +47,12 @@ def parse_data(specs: list[str]) -> list[tuple[Path, float]]:
 
 
 def rows_of(folder: Path, split: str, stage: str) -> list[dict]:
-    """The rows that a stage learns from: clap the window captions; lm, pretrain and sft the rest, pretrain without shots."""
+    """The rows that a stage learns from: clap the window captions; lm, pretrain and sft the rest, pretrain
+    alone with roll calls: later they would take the place of what the model is asked for."""
     rows = [r for r in manifest.read_rows(folder / f"{split}.jsonl") if (r["task"] == "WindowText") == (stage == "clap")]
     if stage != "lm":
         rows = [r for r in rows if r.get("audio")]
-    if stage == "pretrain":
-        rows = [r for r in rows if "shots" not in r]
-    return rows
+    return [r for r in rows if stage == "pretrain" or r["task"] != "RollCall"]
 
 
 def tokenized(rows: list[dict], tokenizer: Tokenizer, max_tokens: int, described: bool = False) -> tuple[list[Sample], list[str]]:

@@ -196,15 +196,19 @@ class Trainer:
         if self.sharded:
             shard(everything, world)
         self.parameters = everything.freeze_but(stage)           # those that sharding put in the place of the first
-        matrices, vectors = ([p for p in self.parameters if (p.ndim > 1) == many] for many in (True, False))
-        self.optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": c.weight_decay},
-                                            {"params": vectors, "weight_decay": 0.0}], lr=c.lr, betas=(0.9, 0.95), fused=True)
+        of_lm, groups = {id(p) for p in everything.model.lm.parameters()}, {}
+        for p in self.parameters:
+            kind = c.weight_decay if p.ndim > 1 else 0.0, c.lm_rate if id(p) in of_lm else 1.0
+            groups.setdefault(kind, []).append(p)
+        self.optimizer = torch.optim.AdamW([{"params": parameters, "weight_decay": decay, "rate": times}
+                                            for (decay, times), parameters in groups.items()],
+                                           lr=c.lr, betas=(0.9, 0.95), fused=True)
 
     def step(self, number: int, stop: Stop) -> tuple[Step, dict, int]:
         """-> the batch, its losses and gradient norm, the sum of the processes' signals (0: go on)."""
         torch.manual_seed(self.args.seed * 1_000_003 + number)  # what dropout draws depends on the step alone
         for group in self.optimizer.param_groups:
-            group["lr"] = rate(number, self.c)
+            group["lr"] = group["rate"] * rate(number, self.c)
         self.optimizer.zero_grad(set_to_none=True)
         step, world = self.objective.step(number), self.world
         totals = torch.zeros(2 + len(step.counts), dtype=torch.float64, device=world.device)

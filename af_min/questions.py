@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -111,7 +112,7 @@ def ask_length(events, rng):
 
 
 QUESTIONS = {  # task: (question maker, at most so many a training scene)
-    "AudioCaptioning": (ask_caption, 1), "Presence": (ask_presence, 1), "Count": (ask_count, 1), "CountOf": (ask_count_of, 2),
+    "AudioCaptioning": (ask_caption, 1), "Presence": (ask_presence, 1), "Count": (ask_count, 1), "CountOf": (ask_count_of, 3),
     "After": (ask_after, 2), "Before": (ask_before, 2), "Pitch": (ask_pitch, 1), "Length": (ask_length, 1)}
 
 
@@ -144,19 +145,31 @@ def dialogue(events: list[Event], rng: np.random.Generator) -> list[dict]:
     return [{"user": q, "assistant": a} for q, a in turns[:4]]
 
 
-def interview(events: list[Event], rng: np.random.Generator, most: int = 7) -> list[dict]:
-    """A dialogue of independent questions: several answers to learn from for one recording heard."""
-    asked = [qa for task, (make, _) in QUESTIONS.items() if task != "AudioCaptioning" for qa in make(events, rng)]
+# ---------------------------------------------------------------------- for training alone
+
+def in_a_row(makers: list[Callable], events: list[Event], rng: np.random.Generator, most: int) -> list[dict]:
+    """Independent questions as the turns of a dialogue: several answers to learn from for one recording heard."""
+    asked = [qa for make in makers for qa in make(events, rng)]
     return [{"user": asked[i][0], "assistant": asked[i][1]} for i in rng.permutation(len(asked))[:most]]
+
+
+def interview(events: list[Event], rng: np.random.Generator, most: int = 7) -> list[dict]:
+    return in_a_row([make for task, (make, _) in QUESTIONS.items() if task != "AudioCaptioning"], events, rng, most)
+
+
+def roll_call(events: list[Event], rng: np.random.Generator, most: int = 10) -> list[dict]:
+    """Is X there, and how often: for many X. Each answer takes finding X in what is heard, which all other questions need too."""
+    return in_a_row([ask_presence, ask_count_of] * 3, events, rng, most)
 
 
 # ---------------------------------------------------------------------- text for the language model alone
 
 def told_scene(rng: np.random.Generator) -> dict:
-    """An interview about a scene that exists as its description only."""
+    """An interview or a roll call about a scene that exists as its description only."""
     events = [Event(name, "", str(rng.choice(list(PITCH))), str(rng.choice(list(LENGTH))), 0.0, 0.0)
               for name in draw_names(int(rng.integers(1, 6)), rng)]
-    return {"description": description(events), "task": "Interview", "turns": interview(events, rng, 10)}
+    ask = roll_call if rng.random() < 0.5 else interview
+    return {"description": description(events), "task": "Interview", "turns": ask(events, rng, 10)}
 
 
 def glossary(rng: np.random.Generator) -> dict:
@@ -171,9 +184,12 @@ def glossary(rng: np.random.Generator) -> dict:
 
 
 def made_up_word(split: str, rng: np.random.Generator) -> str:
-    """Two or three syllables, no word of a question or an answer. A hash assigns each to one split and no other."""
+    """Two or three syllables, no word of a question or an answer. A hash assigns each to one split and no other.
+
+    Training has as many of three as of two: where a word ends must be read, not guessed."""
     while True:
-        word = "".join("bdfgklmnprstvz"[rng.integers(14)] + "aeiou"[rng.integers(5)] for _ in range(2 + (rng.random() < 0.3)))
+        syllables = 2 + (rng.random() < (0.5 if split == "train" else 0.3))
+        word = "".join("bdfgklmnprstvz"[rng.integers(14)] + "aeiou"[rng.integers(5)] for _ in range(syllables))
         hashed = hashlib.sha256(word.encode()).digest()[0]
         if word not in REAL_WORDS and split == ("test" if hashed < 51 else "val" if hashed < 77 else "train"):
             return word

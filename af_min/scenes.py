@@ -7,6 +7,7 @@ texture is a scene of unnamed sounds that only the window encoder's training hea
     AudioCaptioning, ...     questions about scenes (the table `QUESTIONS`)
     Interview                several independent questions about one scene, as a dialogue (training only); some have a description
                              and no recording: text for the language model alone. Glossary: likewise
+    RollCall                 many questions in a row that take finding a named sound: what the pretrain stage learns to look with
     Dialogue                 two to four turns, in which "it" is the sound named last
     FewShot                  clips named with made-up words: only the shots tell which word is which sound
 
@@ -27,7 +28,7 @@ import numpy as np
 import soundfile
 
 from .questions import (LENGTH, PITCH, QUESTIONS, WINDOW, Event, description, dialogue, draw_names, glossary, interview, made_up_word,
-                        told_scene, window_text)
+                        roll_call, told_scene, window_text)
 from .synth import CLASSES, RATE, TRAIN_CLASSES, Patch, describe, random_patch, render
 
 MAX_SECONDS = 5.3           # of a scene: 33 windows of 0.6 s, 0.15 s apart, reach 5.4 s
@@ -94,7 +95,7 @@ class Sizes:
     kinds: int = 150        # classes without a name, that few-shot training draws from too
     kind_clips: int = 8     # of each of those
     val_kinds: int = 12     # as many more, never heard in training
-    episodes: int = 5000    # in train
+    episodes: int = 9000    # in train
     examples: int = 1500    # training questions with examples before them
     told: int = 24_000      # interviews about scenes that nobody hears, for the language model alone
     glossaries: int = 10_000  # likewise
@@ -135,6 +136,7 @@ def scene_rows(writer: Writer, split: str, index: int) -> list[dict]:
     if split == "train":
         rows.append({**rows[-1], "task": "Interview", "turns": interview(events, rng)})
         rows += window_rows(head, events, 2, rng)
+        rows += [{**head, "description": description(events), "task": "RollCall", "turns": roll_call(events, rng)} for _ in range(2)]
     return rows
 
 
@@ -238,7 +240,7 @@ def build(folder: Path, seed: int = 0, sizes: Sizes = Sizes(), progress=lambda r
     rows["train"] += [row for i in range(sizes.textures) for row in made[texture_rows, i]]
     rows["train"] += example_rows(rows["train"], sizes.examples, rng)
     for number in range(sizes.episodes):
-        pool = clips["train", "named" if number % 5 < 3 else "kinds"]
+        pool = clips["train", "named" if number % 2 else "kinds"]
         ways = int(rng.integers(2, 6))
         names = [str(n) for n in rng.choice(list(pool), ways, replace=False)]
         rows["train"].append(episode(pool, names, int(rng.integers(0, 9 - ways)), "train", rng))

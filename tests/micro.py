@@ -30,6 +30,7 @@ STILL = dataclasses.replace(MICRO, lm=dataclasses.replace(MICRO.lm, dropout=0.0)
 STEPS = 5
 STAGES = {stage: StageConfig(steps=STEPS, lr=lr, warmup=1, batch=8, batch_tokens=2048, decay=stage != "sft")
           for stage, lr in (("clap", 1e-3), ("lm", 2e-3), ("pretrain", 3e-3), ("sft", 4e-3))}
+STAGES["sft"] = dataclasses.replace(STAGES["sft"], lm_rate=0.5)
 
 
 def train_module():

@@ -160,7 +160,8 @@ ROWS = [
     {"audio": "c.wav", "task": "FewShot", "prompt": "classify this sound.", "answer": "dog",
      "shots": [{"audio": "a.wav", "start": 1.0, "prompt": "classify this sound.", "answer": "bell"}]},
     {"audio": "d.wav", "task": "Dialogue", "turns": [{"user": "bell?", "assistant": "no"}]},
-    {"audio": "e.wav", "task": "Pool", "prompt": "bell?", "answer": "no", "pool": [{"audio": "f.wav", "answer": "x"}]}]
+    {"audio": "e.wav", "task": "Pool", "prompt": "bell?", "answer": "no", "pool": [{"audio": "f.wav", "answer": "x"}]},
+    {"audio": "c.wav", "task": "RollCall", "turns": [{"user": "bell?", "assistant": "yes"}]}]
 
 
 @pytest.fixture
@@ -171,7 +172,7 @@ def prepared(tmp_path):
 
 
 @pytest.mark.parametrize("stage, tasks", [("clap", ["WindowText"]), ("lm", ["AQA", "FewShot", "Dialogue", "Pool"]),
-                                          ("pretrain", ["AQA", "Dialogue", "Pool"]), ("sft", ["AQA", "FewShot", "Dialogue", "Pool"])])
+                                          ("pretrain", ["AQA", "FewShot", "Dialogue", "Pool", "RollCall"]), ("sft", ["AQA", "FewShot", "Dialogue", "Pool"])])
 def test_every_stage_has_its_rows(prepared, stage, tasks):
     assert [row["task"] for row in rows_of(prepared, "train", stage)] == tasks
 

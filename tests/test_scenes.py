@@ -163,15 +163,16 @@ def test_examples_are_asked_the_same_as_their_question(scenes_rows):
     assert len(rows) == 40 and {len(r["shots"]) for r in rows} == {1, 2, 3, 4}
 
 
-def test_interviews_are_right_and_training_only(scenes_rows):
+@pytest.mark.parametrize("kind", ["Interview", "RollCall"])
+def test_interviews_are_right_and_training_only(scenes_rows, kind):
     kinds = {"is there": "Presence", "how many sounds": "Count", "how many times": "CountOf", "what comes after": "After",
              "what comes before": "Before", "high or low?": "Pitch", "short or long?": "Length"}
-    interviews = by_task(scenes_rows["train"])["Interview"]
+    interviews = by_task(scenes_rows["train"])[kind]
     for row in interviews:
         for turn in row["turns"]:
             task = next(task for words, task in kinds.items() if words in turn["user"])
             check_answer(task, turn["user"], turn["assistant"], told(row))
-    assert len(interviews) >= 20 and not by_task(scenes_rows["test"])["Interview"]
+    assert len(interviews) >= 20 and not any(by_task(scenes_rows[split])[kind] for split in ("val", "test"))
 
 
 def test_a_glossary_is_answered_by_its_own_description(scenes_rows):

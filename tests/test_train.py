@@ -284,6 +284,7 @@ def test_a_loss_that_is_no_number_names_the_samples_of_the_process_that_met_it(a
 def test_gradients_are_sent_once_a_step(monkeypatch, sharded):
     """Whatever the number of parts: one message with the losses and, if not sharded, one with all gradients."""
     everything, sent, synced = torch.nn.Linear(3, 2), [], []
+    everything.model = SimpleNamespace(lm=torch.nn.Identity())
     everything.freeze_but, everything.set_requires_gradient_sync = lambda stage: list(everything.parameters()), synced.append
     monkeypatch.setattr(engine.dist, "all_reduce", lambda values: sent.append(values.numel()))
     monkeypatch.setattr(engine, "shard", lambda *_: None)
@@ -297,6 +298,24 @@ def test_gradients_are_sent_once_a_step(monkeypatch, sharded):
                              engine.World(0, 2, torch.device("cpu")))
     trainer.step(0, SimpleNamespace(signal=0))
     assert sent == ([3] if sharded else [3, 8]) and synced == ([False] * 3 + [True] if sharded else [])
+
+
+def test_the_language_model_learns_at_its_own_rate():
+    """AdamW's first step moves every weight by its learning rate, whatever the gradient."""
+    everything = torch.nn.Module()
+    everything.model = torch.nn.ModuleDict({"lm": torch.nn.Linear(3, 2), "xattn": torch.nn.Linear(3, 2)})
+    everything.freeze_but = lambda stage: list(everything.parameters())
+    before = {name: p.detach().clone() for name, p in everything.named_parameters()}
+
+    def loss():
+        value = everything.model["lm"](torch.ones(3)).sum() + everything.model["xattn"](torch.ones(3)).sum()
+        return value, value.detach()[None]
+    c = dataclasses.replace(micro.STAGES["sft"], lr=0.01, warmup=0, weight_decay=0.0, lm_rate=0.25)
+    trainer = engine.Trainer("sft", everything, SimpleNamespace(step=lambda number: Step([(["x"], loss)], [1], 1), tasks=["AQA"]), c,
+                             SimpleNamespace(shard=False, seed=0), engine.World(0, 1, torch.device("cpu")))
+    trainer.step(0, SimpleNamespace(signal=0))
+    for name, p in everything.named_parameters():
+        assert torch.allclose(before[name] - p, torch.tensor(0.0025 if "lm" in name else 0.01), rtol=1e-3), name
 
 
 def test_recomputed_activations_change_nothing(alone, scenes_data, tmp_path):
