@@ -275,9 +275,7 @@ def footer(model: AudioFlamingo, measured: str) -> None:
     """What was measured, and on what."""
     device = next(model.parameters()).device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    tied = model.config.lm.tied_head                     # then `pack` may have made a copy
-    size = sum(p.numel() for part, p in model.named_parameters() if not (tied and part == "lm.head.weight"))
-    note(f"[{measured}; {size / 1e6:.2f} M parameters, {name}, torch {torch.__version__}]")
+    note(f"[{measured}; {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {name}, torch {torch.__version__}]")
 
 
 def ask(args: Args, model: AudioFlamingo, tokenizer: Tokenizer, sampling: Sampling) -> None:

@@ -253,6 +253,10 @@ class LM(nn.Module):
             self.head = Linear(self.config.width, self.config.vocab_size, bias=False, device="meta")
             self.head.weight = self.embed.weight
         pack(self)
+        if self.config.tied_head:                    # still the embedding's numbers: no parameter of its own
+            weight = self.head.weight.detach()
+            del self.head.weight
+            self.head.weight = weight
 
     def _valid(self, ids_BT: Tensor, mask_BT: Tensor | None, cache: KVCache | None) -> Tensor | None:
         """Which of the C tokens so far are real, (B, C) bool; None if all are. Notes the new tokens' mask in the cache."""

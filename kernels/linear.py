@@ -2,7 +2,7 @@
 
 torch multiplies float32 matrices with MKL, which leaves the wide registers of another maker's processor unused and copies W
 before it multiplies a few rows with it. oneDNN, which torch has for convolutions, does neither. GFLOP/s on one core of an AMD
-EPYC with AVX-512, torch 2.13 (`python tests/bench_linear.py`; where rows are few, W comes from memory, not from a cache):
+EPYC with AVX-512, torch 2.13 (`python -m tests.bench_linear`; where rows are few, W comes from memory, not from a cache):
 
     rows x n_in -> n_out       MKL   oneDNN   W packed
     1280 x 128 -> 512          113      252        261

@@ -1,6 +1,6 @@
 """Products on a CPU: MKL, oneDNN, and oneDNN with a packed weight, in GFLOP/s (the table of kernels/linear.py).
 
-    OMP_NUM_THREADS=1 python tests/bench_linear.py
+    OMP_NUM_THREADS=1 python -m tests.bench_linear
 """
 from __future__ import annotations
 
