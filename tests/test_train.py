@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import micro
-from af_min import checkpoint, config, data, engine
+from af_min import checkpoint, config, data, engine, stages
 from af_min.config import StageConfig
 from af_min.stages import Step
+from kernels import linear
 from training import ROOT, STAGES, TRAIN, log, losses, spawn, train, weights
 
 # ---------------------------------------------------------------------- stages
@@ -167,6 +168,22 @@ def test_the_picture_is_drawn_while_training_goes_on(scenes_data, tmp_path):
         patch.setattr(engine.Trainer, "__init__", looking)
     train(tmp_path, scenes_data, "--name", "run", "--steps", 1, before=before)
     assert picture.stat().st_size > 10_000
+
+
+@pytest.mark.skipif(not linear.ONEDNN, reason="torch was built without oneDNN")
+@pytest.mark.parametrize("flags, has, takes", [((), True, True), ((), False, False), (("--float32",), True, False)])
+@pytest.mark.parametrize("stage", STAGES)
+def test_bfloat16_is_taken_where_the_processor_has_it_and_nobody_forbids_it(stage, flags, has, takes, tmp_path, scenes_data):
+    taken = set()
+
+    def before(patch):
+        patch.setattr(stages, "HAS_BFLOAT16", has)
+        patch.setattr(linear, "LARGE", 1)
+        multiply = linear.multiply
+        patch.setattr(linear, "multiply", lambda x, *rest: taken.add(x.dtype) or multiply(x, *rest))
+    train(tmp_path, scenes_data, "--name", "run", "--stage", stage, "--steps", 1, *flags, before=before)
+    assert taken and (torch.bfloat16 in taken) == takes
+    assert all(value.dtype != torch.bfloat16 for value in weights(tmp_path / "runs" / "run" / "model.safetensors").values())
 
 
 # ---------------------------------------------------------------------- processes, parts of a batch
