@@ -95,7 +95,7 @@ class Sizes:
     kinds: int = 150        # classes without a name, that few-shot training draws from too
     kind_clips: int = 8     # of each of those
     val_kinds: int = 12     # as many more, never heard in training
-    episodes: int = 7500    # in train
+    episodes: int = 9000    # in train
     examples: int = 1500    # training questions with examples before them
     told: int = 24_000      # interviews about scenes that nobody hears, for the language model alone
     glossaries: int = 10_000  # likewise
