@@ -178,6 +178,7 @@ def main() -> None:
         checkpoint.save_run(run, everything.model, config, tokenizer, {"args": asdict(args)})
     print(f"{run}: " + footer(everything, lines, time.time() - started, world))
     if args.evaluate:
+        everything = objective = trainer = None                    # scoring needs their memory
         from af_min import evaluate
         evaluate.report(run, folders)
 

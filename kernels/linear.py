@@ -4,9 +4,9 @@ torch multiplies float32 matrices with MKL, which leaves the wide registers of a
 before it multiplies a few rows with it. oneDNN, which torch has for convolutions, does neither. GFLOP/s on one core of an AMD
 EPYC with AVX-512, torch 2.13 (`python -m tests.bench_linear`; where rows are few, W comes from memory, not from a cache):
 
-    rows x n_in -> n_out       MKL   oneDNN   W packed
+    rows x n_in -> n_out       MKL   oneDNN   W packed   bfloat16
     1280 x 128 -> 512          113      252        261
-      and both gradients       104      231
+      and both gradients       104      231                   367
     1 x 576 -> 1536              8       13         17
     8 x 576 -> 1536             38       61         94
     8 x 576 -> 49152            34       64        104
