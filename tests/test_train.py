@@ -192,7 +192,7 @@ def test_bfloat16_is_taken_where_the_processor_has_it_and_nobody_forbids_it(stag
 def alone(tmp_path_factory, scenes_data):
     """One process, without dropout."""
     folder = tmp_path_factory.mktemp("alone")
-    train(folder, scenes_data, "--preset", "micro-still", "--name", "run")
+    train(folder, scenes_data, "--preset", "micro-still", "--float32", "--name", "run")
     return folder / "runs" / "run"
 
 
@@ -218,7 +218,7 @@ def test_two_processes_learn_what_one_learns(alone, pair):
 def torchrun(folder, processes, data, *flags, script=(), restarts=0):
     """train.py by several processes; `script`: flags of micro.py itself."""
     code, printed = spawn(folder, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes, "--max-restarts", restarts,
-                          ROOT / "tests" / "micro.py", *script, "--preset", "micro-still", "--data", data, *flags)
+                          ROOT / "tests" / "micro.py", *script, "--preset", "micro-still", "--float32", "--data", data, *flags)
     assert code == 0, printed
     return printed
 
