@@ -88,12 +88,12 @@ class World:
             dist.barrier()
 
 
-def shard(everything: Everything, world: World, float32: bool) -> None:
+def shard(everything: Everything, world: World) -> None:
     """FSDP2: every layer's weights are spread over all processes. Encoder and text tower, frozen here, stay whole."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
     m, mesh = everything.model, init_device_mesh(world.device.type, (world.size,))
-    half = torch.bfloat16 if world.device.type == "cuda" and not float32 else None
+    half = torch.bfloat16 if world.device.type == "cuda" else None
     split = functools.partial(fully_shard, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=half, reduce_dtype=half and torch.float32))
     for block in m.xattn.values():
         split(block)
@@ -194,7 +194,7 @@ class Trainer:
         self.sharded = args.shard and stage != "clap"
         everything.freeze_but(stage)
         if self.sharded:
-            shard(everything, world, args.float32)
+            shard(everything, world)
         self.parameters = everything.freeze_but(stage)           # those that sharding put in the place of the first
         of_lm, groups = {id(p) for p in everything.model.lm.parameters()}, {}
         for p in self.parameters:

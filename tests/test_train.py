@@ -9,10 +9,9 @@ import pytest
 import torch
 
 import micro
-from af_min import checkpoint, config, data, engine, stages
+from af_min import checkpoint, config, data, engine
 from af_min.config import StageConfig
 from af_min.stages import Step
-from kernels import linear
 from training import ROOT, STAGES, TRAIN, log, losses, spawn, train, weights
 
 # ---------------------------------------------------------------------- stages
@@ -170,29 +169,13 @@ def test_the_picture_is_drawn_while_training_goes_on(scenes_data, tmp_path):
     assert picture.stat().st_size > 10_000
 
 
-@pytest.mark.skipif(not linear.ONEDNN, reason="torch was built without oneDNN")
-@pytest.mark.parametrize("flags, has, takes", [((), True, True), ((), False, False), (("--float32",), True, False)])
-@pytest.mark.parametrize("stage", STAGES)
-def test_bfloat16_is_taken_where_the_processor_has_it_and_nobody_forbids_it(stage, flags, has, takes, tmp_path, scenes_data):
-    taken = set()
-
-    def before(patch):
-        patch.setattr(stages, "HAS_BFLOAT16", has)
-        patch.setattr(linear, "LARGE", 1)
-        multiply = linear.multiply
-        patch.setattr(linear, "multiply", lambda x, *rest: taken.add(x.dtype) or multiply(x, *rest))
-    train(tmp_path, scenes_data, "--name", "run", "--stage", stage, "--steps", 1, *flags, before=before)
-    assert taken and (torch.bfloat16 in taken) == takes
-    assert all(value.dtype != torch.bfloat16 for value in weights(tmp_path / "runs" / "run" / "model.safetensors").values())
-
-
 # ---------------------------------------------------------------------- processes, parts of a batch
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory, scenes_data):
     """One process, without dropout."""
     folder = tmp_path_factory.mktemp("alone")
-    train(folder, scenes_data, "--preset", "micro-still", "--float32", "--name", "run")
+    train(folder, scenes_data, "--preset", "micro-still", "--name", "run")
     return folder / "runs" / "run"
 
 
@@ -218,7 +201,7 @@ def test_two_processes_learn_what_one_learns(alone, pair):
 def torchrun(folder, processes, data, *flags, script=(), restarts=0):
     """train.py by several processes; `script`: flags of micro.py itself."""
     code, printed = spawn(folder, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes, "--max-restarts", restarts,
-                          ROOT / "tests" / "micro.py", *script, "--preset", "micro-still", "--float32", "--data", data, *flags)
+                          ROOT / "tests" / "micro.py", *script, "--preset", "micro-still", "--data", data, *flags)
     assert code == 0, printed
     return printed
 
