@@ -22,13 +22,18 @@ def flag(default, help: str, choices: tuple | None = None, **kind):
     return dataclasses.field(default=default, metadata=metadata)
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        self.exit(2, f"error: {message}; {self.prog} -h lists the flags\n")
+
+
 def parse(cls, argv: list[str] | None = None, description: str | None = None, saved: dict | None = None):
     """An instance of the dataclass `cls` from the command line; `--some-field value`, bools as `--some-field / --no-some-field`.
 
     saved: values of an earlier command line, which hold for the flags that this one does not name.
     """
-    parser = argparse.ArgumentParser(description=description or cls.__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=description or cls.__doc__, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     types = typing.get_type_hints(cls)
     for f in dataclasses.fields(cls):
         keywords = {k: v for k, v in f.metadata.items() if v is not None}
