@@ -58,6 +58,7 @@ class Args:
     accumulate: int = flag(1, "pieces that a process splits its share of each part of a batch into, to save memory (4 parts, if large)")
     shard: bool = flag(False, "with torchrun: spread weights, gradients and optimizer over the processes (FSDP2)")
     checkpoint_activations: bool = flag(False, "compute a layer's activations again in the backward pass, to save memory")
+    float32: bool = flag(False, "float32 throughout, on a device that would multiply in bfloat16")
     compile: bool = flag(False, "torch.compile the layers")
     pool_windows: bool = flag(False, "ablation: one mean vector an audio instead of its windows")
     checkpoint_every: int = flag(100, "steps from one checkpoint to the next")
@@ -177,6 +178,7 @@ def main() -> None:
         checkpoint.save_run(run, everything.model, config, tokenizer, {"args": asdict(args)})
     print(f"{run}: " + footer(everything, lines, time.time() - started, world))
     if args.evaluate:
+        everything = objective = trainer = None                    # scoring needs their memory
         from af_min import evaluate
         evaluate.report(run, folders)
 

@@ -26,9 +26,10 @@ import math
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, reduce, repeat
+from einops import rearrange, reduce
 from torch import Tensor, nn
 
+from kernels.attention import attention
 from kernels.linear import Linear
 
 from .audio import Float32, LogMel
@@ -46,9 +47,9 @@ class Block(nn.Module):
         self.fc1, self.fc2 = Linear(width, 4 * width), Linear(4 * width, width)
 
     def forward(self, x_BTD: Tensor, bias: Tensor) -> Tensor:
-        """x (B, T, D) -> (B, T, D). bias: what is added to the logits, broadcast to (B, H, T, T)."""
+        """x (B, T, D) -> (B, T, D). bias: what is added to the logits, for one sample, for each, or for the first of several rounds."""
         q, k, v = rearrange(self.qkv(self.norm1(x_BTD)), "b t (three h k) -> three b h t k", three=3, h=self.heads)
-        heard = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
+        heard = attention(q, k, v, bias.to(q.dtype))
         x_BTD = x_BTD + self.proj(rearrange(heard, "b h t k -> b t (h k)"))
         return x_BTD + self.fc2(F.gelu(self.fc1(self.norm2(x_BTD))))
 
@@ -82,7 +83,7 @@ class SwinBlock(nn.Module):
         bias = rearrange(self.bias_table[self.offsets], "t u h -> 1 h t u")
         if self.shift:
             x_AYXD = x_AYXD.roll((-self.shift, -self.shift), (1, 2))
-            bias = repeat(bias + self.wrapped, "n h t u -> (a n) h t u", a=A)
+            bias = bias + self.wrapped
         x = rearrange(x_AYXD, "a (i y) (j x) d -> (a i j) (y x) d", y=w, x=w)
         x = rearrange(self.block(x, bias), "(a i j) (y x) d -> a (i y) (j x) d", a=A, i=side // w, y=w)
         return x.roll((self.shift, self.shift), (1, 2)) if self.shift else x

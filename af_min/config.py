@@ -128,7 +128,7 @@ TINY = Config(
                       fmin=50.0, fmax=8_000.0, mel_sample_rate=16_000),
     clap=ClapConfig(image_size=64, patch=8, width=64, depths=(1, 2), heads=(4, 8), attention_window=4, out_width=128,
                     text_width=128, text_layers=2, text_heads=4),
-    representation=RepresentationConfig(layers=2, heads=4, inner=256, max_audios=16, scale=1.0),
+    representation=RepresentationConfig(layers=3, heads=4, inner=256, max_audios=16, scale=1.0),
     xattn=XattnConfig(heads=4, head_dim=32, ff_mult=2, gate_init=0.5, audio_index=True, null_key=True),
     lm=LMConfig(vocab_size=672, width=128, layers=4, heads=4, kv_heads=4, head_dim=32, inner=256, max_positions=512,
                 positions="rope", conv=3),
@@ -155,9 +155,9 @@ class StageConfig:
 STAGES = {
     "tiny": {
         "clap": StageConfig(steps=600, lr=2e-3, warmup=40, batch=128, batch_tokens=1 << 20, decay=True, weight_decay=0.05),
-        "lm": StageConfig(steps=1500, lr=2e-3, warmup=40, batch=256, batch_tokens=2560, decay=True, weight_decay=0.05),
+        "lm": StageConfig(steps=1500, lr=1.4e-3, warmup=40, batch=256, batch_tokens=2560, decay=True, weight_decay=0.05),
         "pretrain": StageConfig(steps=500, lr=2e-3, warmup=30, batch=256, batch_tokens=1280, decay=True, weight_decay=0.05),
-        "sft": StageConfig(steps=3000, lr=2e-3, warmup=100, lm_rate=0.5, batch=256, batch_tokens=1280, decay=True, weight_decay=0.05),
+        "sft": StageConfig(steps=3300, lr=1.4e-3, warmup=100, lm_rate=0.5, batch=256, batch_tokens=1280, decay=True, weight_decay=0.05),
     },
     "af1": {  # released settings: global batch 384, then 128; constant rate after 1875 steps
         "clap": StageConfig(steps=100_000, lr=1e-4, warmup=1875, batch=512, batch_tokens=1 << 30),

@@ -19,6 +19,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,8 @@ import torch.distributed as dist
 import torch.utils.checkpoint
 from torch import nn
 from tqdm import tqdm
+
+from kernels.linear import as_now
 
 from . import checkpoint
 from .cli import UserError
@@ -88,12 +91,12 @@ class World:
             dist.barrier()
 
 
-def shard(everything: Everything, world: World) -> None:
+def shard(everything: Everything, world: World, float32: bool) -> None:
     """FSDP2: every layer's weights are spread over all processes. Encoder and text tower, frozen here, stay whole."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
     m, mesh = everything.model, init_device_mesh(world.device.type, (world.size,))
-    half = torch.bfloat16 if world.device.type == "cuda" else None
+    half = torch.bfloat16 if world.device.type == "cuda" and not float32 else None
     split = functools.partial(fully_shard, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=half, reduce_dtype=half and torch.float32))
     for block in m.xattn.values():
         split(block)
@@ -107,7 +110,8 @@ def lighten(everything: Everything, args) -> None:
     """--checkpoint-activations and --compile, of each large layer for itself."""
     for layer in [*everything.model.xattn.values(), *everything.model.lm.layers]:
         if args.checkpoint_activations:                          # the forward pass keeps a layer's input alone, and is done again
-            layer.forward = functools.partial(torch.utils.checkpoint.checkpoint, layer.forward, use_reentrant=False)
+            layer.forward = functools.partial(torch.utils.checkpoint.checkpoint, layer.forward, use_reentrant=False,
+                                              context_fn=lambda: (nullcontext(), as_now()))
         if args.compile:
             layer.compile()
 
@@ -194,7 +198,7 @@ class Trainer:
         self.sharded = args.shard and stage != "clap"
         everything.freeze_but(stage)
         if self.sharded:
-            shard(everything, world)
+            shard(everything, world, args.float32)
         self.parameters = everything.freeze_but(stage)           # those that sharding put in the place of the first
         of_lm, groups = {id(p) for p in everything.model.lm.parameters()}, {}
         for p in self.parameters:

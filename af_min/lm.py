@@ -26,7 +26,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from kernels.linear import Linear, linear, pack
+from kernels.attention import attention
+from kernels.linear import Linear, linear, pack, together
 
 from .config import LMConfig
 
@@ -90,13 +91,12 @@ class Attention(nn.Module):
 
     def forward(self, x_BTD: Tensor, layer: int, seen: Tensor | None, angles, cache: KVCache | None) -> Tensor:
         """seen: (B, 1, T, C) bool, or None when token t sees exactly what `is_causal` says; angles: cos and sin, or None."""
-        q, k, v = (part(x_BTD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in together(x_BTD, self.q, self.k, self.v))
         if angles is not None:
             q, k = rotate(q, *angles), rotate(k, *angles)
         if cache is not None:
             k, v = cache.append(layer, k, v)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=seen is None and q.shape[2] > 1,
-                                           enable_gqa=q.shape[1] != k.shape[1])
+        y = attention(q, k, v, seen, causal=seen is None and q.shape[2] > 1)
         return self.out(rearrange(y, "b h t k -> b t (h k)"))
 
 

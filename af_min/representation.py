@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from kernels.linear import Linear
+from kernels.attention import attention
+from kernels.linear import Linear, together
 
 from .config import RepresentationConfig
 
@@ -42,8 +43,8 @@ class SelfAttention(nn.Module):
         self.norm = nn.LayerNorm(width, eps=1e-6)
 
     def forward(self, y_PSD: torch.Tensor, visible: torch.Tensor | None) -> torch.Tensor:
-        q, k, v = (rearrange(project(y_PSD), "p s (h k) -> p h s k", h=self.heads) for project in (self.q, self.k, self.v))
-        heads_out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+        q, k, v = (rearrange(part, "p s (h k) -> p h s k", h=self.heads) for part in together(y_PSD, self.q, self.k, self.v))
+        heads_out = attention(q, k, v, visible)
         return self.norm(self.out(rearrange(heads_out, "p h s k -> p s (h k)")) + y_PSD)
 
 

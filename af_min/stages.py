@@ -17,6 +17,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from kernels.linear import HAS_BFLOAT16, bfloat16_products
+
 from . import audio, data, text
 from .clap import TextTower, contrastive_loss
 from .cli import UserError
@@ -51,6 +53,13 @@ class Everything(nn.Module):
         return self.model(batch.ids_BT, batch.labels_BT, heard)
 
 
+def half_precision(device: torch.device, float32: bool):
+    """A context: bfloat16 where the device has it and nobody has asked for --float32, on a GPU by autocast, on a CPU in products alone."""
+    if device.type == "cpu":
+        return bfloat16_products(HAS_BFLOAT16 and not float32)
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" and not float32)
+
+
 @dataclass
 class Step:
     """One global batch: what this process has to do for it, and what all of it holds."""
@@ -67,7 +76,7 @@ class ClapStage:
     tasks = ["WindowText"]
 
     def __init__(self, everything: Everything, folders, tokenizer, c: StageConfig, args, world):
-        self.everything, self.tokenizer, self.world = everything, tokenizer, world
+        self.everything, self.tokenizer, self.world, self.float32 = everything, tokenizer, world, args.float32
         self.config = everything.model.config.audio
         rows = [{**row, "audio": str(folder / row["audio"])} for folder, _ in folders
                 for row in data.rows_of(folder, "train", "clap")]
@@ -109,8 +118,9 @@ class ClapStage:
 
         def loss():
             e = self.everything
-            heard = e.model.encoder(self.windows(rows[mine]).to(world.device))
-            read = e.text_tower(ids_BT, mask_BT)
+            with half_precision(world.device, self.float32):
+                heard = e.model.encoder(self.windows(rows[mine]).to(world.device)).float()
+                read = e.text_tower(ids_BT, mask_BT).float()
             if world.size > 1:
                 from torch.distributed.nn.functional import all_gather
                 heard, read = torch.cat(all_gather(heard)), torch.cat(all_gather(read))
@@ -125,7 +135,7 @@ class TextStage:
 
     def __init__(self, stage: str, everything: Everything, folders, tokenizer, c: StageConfig, args, world):
         self.everything, self.tokenizer, self.world = everything, tokenizer, world
-        self.accumulate, self.in_step, self.listening = args.accumulate, args.shard, stage != "lm"
+        self.accumulate, self.in_step, self.listening, self.float32 = args.accumulate, args.shard, stage != "lm", args.float32
         model, datasets = everything.model, []
         for folder, weight in folders:
             rows = data.rows_of(folder, "train", stage)
@@ -170,7 +180,7 @@ class TextStage:
     def loss(self, places, weight: float, total: int) -> tuple[torch.Tensor, torch.Tensor]:
         config, device = self.everything.model.config, self.world.device
         batch = self.mixture.collate(places, self.tokenizer.pad_id, config.clap.out_width).to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with half_precision(device, self.float32):
             nll = self.everything(batch, self.listening)
         task = np.repeat([self.task_of[d][i] for d, i in places], [self.answers_of[d][i] for d, i in places])
         sums = torch.zeros(len(self.tasks), dtype=nll.dtype, device=device)
@@ -188,7 +198,8 @@ def flops(everything: Everything, listening: bool) -> tuple[float, float]:
 
 
 def embed(model: AudioFlamingo, folder: Path, rows: list[dict], world) -> Store:
-    """The store of a data set's window embeddings; the processes share what is missing."""
+    """The store of a data set's window embeddings; the processes share what is missing. In float32, whatever the stage learns in:
+    the same encoder finds the same embeddings there."""
     model.encoder.eval()
     store = Store(folder, model.encoder, model.config.audio, model.config.clap.out_width)
     store.add(data.recordings(rows), lambda todo: tqdm(todo, f"encoding {folder}", unit="rec", disable=not todo or world.rank > 0),

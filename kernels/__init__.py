@@ -22,7 +22,7 @@ and that they fit (check_compile.py). No GPU figure has been measured yet. What 
 Tried with triton 3.7 (torch 2.13) and 3.6 (torch 2.11); the interpreter of 3.6 wants numpy below 2.4.
 
 Read on: reference.py (PyTorch), masked_xattn.py and residual.py (Triton), check_compile.py, benchmark.py with
-baselines.py and benchmark_model.py. linear.py stands for itself: products with weights on a CPU.
+baselines.py and benchmark_model.py. linear.py and attention.py stand for themselves: products with weights and short attention on a CPU.
 """
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .attention import attention
 from .linear import linear
 
 
@@ -44,8 +45,8 @@ def attend(q_BHTK: Tensor, k_BHLK: Tensor, v_BHLK: Tensor, kv_len: Tensor) -> Te
 _last = (lambda: None, None, None)           # weak reference to the last kv_len, what its mask was made for, the mask
 
 
-def additive_mask(kv_len: Tensor, dtype: torch.dtype) -> tuple[int, Tensor | None]:
-    """The longest visible length, and 0 / -inf (B, 1, T, longest), or None if all tokens of the batch see the same keys.
+def additive_mask(kv_len: Tensor, dtype: torch.dtype) -> tuple[int, int, Tensor | None]:
+    """The least and the longest visible length, and 0 / -inf (B, 1, T, longest), or None if all tokens of the batch see the same.
 
     Every layer of a forward pass gives the same kv_len, so the last mask is kept until another tensor comes or this one is
     written to."""
@@ -55,25 +56,26 @@ def additive_mask(kv_len: Tensor, dtype: torch.dtype) -> tuple[int, Tensor | Non
         return _last[2]
     low, longest = (int(n) for n in kv_len.aminmax())
     mask = None if low == longest else torch.where(visible(kv_len, longest), 0.0, -math.inf).to(dtype)
-    _last = (weakref.ref(kv_len), made_for, (longest, mask))
-    return longest, mask
+    _last = (weakref.ref(kv_len), made_for, (low, longest, mask))
+    return low, longest, mask
 
 
 def attend_cpu(q_BHTK: Tensor, k_BHLK: Tensor, v_BHLK: Tensor, kv_len: Tensor) -> Tensor:
-    """`attend` by PyTorch's fused CPU kernel, which gives 0 for a row that is masked throughout.
+    """`attend` by the CPU's own ways (attention.py); PyTorch's fused kernel alone gives 0 for a row that is masked throughout.
 
     Keys beyond the longest visible length are cut off. A NaN or inf among the others shows in a sum, a read and no copy: in that
     of the output, or, as the backward pass multiplies by them again, in their own. Only then are the unused ones cleaned."""
-    longest, mask = additive_mask(kv_len, q_BHTK.dtype)
+    low, longest, mask = additive_mask(kv_len, q_BHTK.dtype)
     if longest == 0:
         return attend(q_BHTK, k_BHLK[:, :, :0], v_BHLK[:, :, :0], kv_len)
     if longest < k_BHLK.shape[2]:                              # for one token a slice would cost as much as the attention
         k_BHLK, v_BHLK = k_BHLK[:, :, :longest], v_BHLK[:, :, :longest]
-    out = F.scaled_dot_product_attention(q_BHTK, k_BHLK, v_BHLK, attn_mask=mask)
+    attend_all = attention if low else F.scaled_dot_product_attention
+    out = attend_all(q_BHTK, k_BHLK, v_BHLK, mask)
     if mask is None or math.isfinite(k_BHLK.detach().sum() + v_BHLK.detach().sum() if out.requires_grad else out.sum()):
         return out
     k_BHLK, v_BHLK = zero_unused(k_BHLK, kv_len), zero_unused(v_BHLK, kv_len)
-    return F.scaled_dot_product_attention(q_BHTK, k_BHLK, v_BHLK, attn_mask=mask)
+    return attend_all(q_BHTK, k_BHLK, v_BHLK, mask)
 
 
 def masked_cross_attention(q_BHTK: Tensor, k_BHLK: Tensor, v_BHLK: Tensor, kv_len: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ class Bench:
         everything = Everything(model.config)
         everything.model = model.float()
         c = config.STAGES["tiny"]["sft"]
-        settings = types.SimpleNamespace(seed=0, accumulate=1, shard=False)
+        settings = types.SimpleNamespace(seed=0, accumulate=1, shard=False, float32=False)
         self.stage = TextStage("sft", everything, [(Path(args.data), 1.0)], tokenizer, c, settings, World(0, 1, torch.device("cpu")))
         self.model, self.mixture, self.pad_id = model, self.stage.mixture, tokenizer.pad_id
         self.optimizer = torch.optim.AdamW([p for p in everything.parameters() if p.requires_grad], lr=0.0, fused=True)

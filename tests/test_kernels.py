@@ -88,12 +88,12 @@ def test_shared_mask_follows_its_kv_len():
     """Layers share the mask of one kv_len tensor; writing to the tensor, another tensor or precision makes a new one."""
     q, k, v, kv_len = make()
     kernels.masked_cross_attention(q, k, v, kv_len)
-    assert reference.additive_mask(kv_len, q.dtype)[1] is reference.additive_mask(kv_len, q.dtype)[1]
+    assert reference.additive_mask(kv_len, q.dtype)[2] is reference.additive_mask(kv_len, q.dtype)[2]
     kv_len[1, 3:] = 4
     torch.testing.assert_close(kernels.masked_cross_attention(q, k, v, kv_len), reference.attend(q, k, v, kv_len))
     other = kv_len.clamp(max=3)
     torch.testing.assert_close(kernels.masked_cross_attention(q, k, v, other), reference.attend(q, k, v, other))
-    assert reference.additive_mask(other, torch.bfloat16)[1].dtype == torch.bfloat16
+    assert reference.additive_mask(other, torch.bfloat16)[2].dtype == torch.bfloat16
     with torch.inference_mode():
         moved = kv_len + 0
         kernels.masked_cross_attention(q, k, v, moved)

@@ -6,7 +6,7 @@ from torch import nn
 
 from af_min.lm import LM
 from kernels import linear as module
-from kernels.linear import Linear, fits, in_rows, linear, pack
+from kernels.linear import Linear, bfloat16_products, fits, in_rows, linear, pack, together
 from test_lm import FAMILIES, relative, shaken, some_ids
 
 pytestmark = pytest.mark.skipif(not module.ONEDNN, reason="torch was built without oneDNN: its own product is used everywhere")
@@ -98,3 +98,53 @@ def test_packing_leaves_alone_what_it_does_not_help(monkeypatch):
     model = nn.Sequential(Linear(8, 8), Linear(64, 64).bfloat16(), nn.Linear(64, 64), Linear(64, 64), Linear(64, 64, device="meta"))
     pack(model)
     assert [layer.weight.is_mkldnn for layer in model] == [False, False, False, True, False]
+
+
+def test_bfloat16_products_round_the_factors_and_nothing_else():
+    """Against float64 products of rounded factors: what is left is the rounding of a result, 2^-9 at most. Backward too, outside the context."""
+    torch.manual_seed(0)
+    layer, x, dy = Linear(96, 40), torch.randn(3, 67, 96, requires_grad=True), torch.randn(3, 67, 40)
+    with bfloat16_products():
+        y = layer(x)
+        with torch.no_grad():
+            assert torch.equal(layer(x), y)
+    dx, dW, db = torch.autograd.grad(y, [x, *layer.parameters()], dy)
+    rounded = lambda t: t.detach().bfloat16().double()
+    exact = {"y": (y, F.linear(*map(rounded, (x, layer.weight, layer.bias)))), "dx": (dx, rounded(dy) @ rounded(layer.weight)),
+             "dW": (dW, rounded(dy).flatten(0, 1).t() @ rounded(x).flatten(0, 1))}
+    for name, (ours, theirs) in exact.items():
+        error = (ours.double() - theirs).abs().max() / theirs.abs().max()
+        assert ours.dtype == torch.float32 and 1e-5 < error < 2 ** -8, (name, error)
+    assert relative(db, dy.double().sum((0, 1))) < 1e-6
+
+
+def test_bfloat16_ends_with_its_context():
+    layer, x = Linear(64, 64), torch.randn(64, 64)
+    whole = layer(x)
+    with pytest.raises(KeyError), bfloat16_products():
+        assert not torch.equal(layer(x), whole)
+        with bfloat16_products(False):                    # not asked for here, which takes nothing from the one around it
+            assert not torch.equal(layer(x), whole)
+        raise KeyError
+    assert torch.equal(layer(x), whole)
+    with bfloat16_products(False):
+        assert torch.equal(layer(x), whole)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_layers_together_are_each_by_itself(bias):
+    torch.manual_seed(0)
+    layers, x = [Linear(32, n, bias=bias) for n in (16, 8, 8)], torch.randn(5, 7, 32, requires_grad=True)
+    of = [x, *(p for layer in layers for p in layer.parameters())]
+    dy = [torch.randn(5, 7, n) for n in (16, 8, 8)]
+    exact = [p.detach().double().requires_grad_() for p in of]
+    weights = exact[1::2] if bias else exact[1:]
+    biases = exact[2::2] if bias else [None] * 3
+    apart = [F.linear(exact[0], w, b) for w, b in zip(weights, biases)]
+    ours = together(x, *layers)
+    for y, one in zip(ours, apart, strict=True):
+        assert relative(y, one) < 1e-6
+    for got, wanted in zip(torch.autograd.grad(ours, of, dy), torch.autograd.grad(apart, exact, [d.double() for d in dy]), strict=True):
+        assert relative(got, wanted) < 2e-6
+    with torch.no_grad():
+        assert all(torch.equal(y, layer(x)) for y, layer in zip(together(x, *layers), layers))

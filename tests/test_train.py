@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import micro
-from af_min import checkpoint, config, data, engine
+from af_min import checkpoint, config, data, engine, stages
 from af_min.config import StageConfig
 from af_min.stages import Step
+from kernels import linear
 from training import ROOT, STAGES, TRAIN, log, losses, spawn, train, weights
 
 # ---------------------------------------------------------------------- stages
@@ -169,13 +170,29 @@ def test_the_picture_is_drawn_while_training_goes_on(scenes_data, tmp_path):
     assert picture.stat().st_size > 10_000
 
 
+@pytest.mark.skipif(not linear.ONEDNN, reason="torch was built without oneDNN")
+@pytest.mark.parametrize("flags, has, takes", [((), True, True), ((), False, False), (("--float32",), True, False)])
+@pytest.mark.parametrize("stage", STAGES)
+def test_bfloat16_is_taken_where_the_processor_has_it_and_nobody_forbids_it(stage, flags, has, takes, tmp_path, scenes_data):
+    taken = set()
+
+    def before(patch):
+        patch.setattr(stages, "HAS_BFLOAT16", has)
+        patch.setattr(linear, "LARGE", 1)
+        multiply = linear.multiply
+        patch.setattr(linear, "multiply", lambda x, *rest: taken.add(x.dtype) or multiply(x, *rest))
+    train(tmp_path, scenes_data, "--name", "run", "--stage", stage, "--steps", 1, *flags, before=before)
+    assert taken and (torch.bfloat16 in taken) == takes
+    assert all(value.dtype != torch.bfloat16 for value in weights(tmp_path / "runs" / "run" / "model.safetensors").values())
+
+
 # ---------------------------------------------------------------------- processes, parts of a batch
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory, scenes_data):
     """One process, without dropout."""
     folder = tmp_path_factory.mktemp("alone")
-    train(folder, scenes_data, "--preset", "micro-still", "--name", "run")
+    train(folder, scenes_data, "--preset", "micro-still", "--float32", "--name", "run")
     return folder / "runs" / "run"
 
 
@@ -201,7 +218,7 @@ def test_two_processes_learn_what_one_learns(alone, pair):
 def torchrun(folder, processes, data, *flags, script=(), restarts=0):
     """train.py by several processes; `script`: flags of micro.py itself."""
     code, printed = spawn(folder, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes, "--max-restarts", restarts,
-                          ROOT / "tests" / "micro.py", *script, "--preset", "micro-still", "--data", data, *flags)
+                          ROOT / "tests" / "micro.py", *script, "--preset", "micro-still", "--float32", "--data", data, *flags)
     assert code == 0, printed
     return printed
 
@@ -251,7 +268,7 @@ def test_torchrun_begins_again_at_the_last_checkpoint_when_a_process_dies(pair, 
 def test_sharded_processes_begin_again_too(alone, scenes_data, tmp_path):
     flags = ["--init", alone, "--stage", "sft", "--checkpoint-every", 2]
     printed = torchrun(tmp_path, 2, scenes_data, *flags, "--name", "run", "--shard", script=["--kill", "sft:3"], restarts=1)
-    train(tmp_path, scenes_data, "--preset", "micro-still", *flags, "--name", "whole")
+    train(tmp_path, scenes_data, "--preset", "micro-still", "--float32", *flags, "--name", "whole")
     assert "exitcode: -9" in printed
     same_curve(tmp_path / "runs" / "run", tmp_path / "runs" / "whole")
 
@@ -259,7 +276,7 @@ def test_sharded_processes_begin_again_too(alone, scenes_data, tmp_path):
 def test_sharded_processes_that_are_stopped_go_on_as_others(alone, scenes_data, tmp_path):
     """One of three gets SIGTERM: all stop after that step with a checkpoint. Two go on from it; without --shard it is no use."""
     flags = ["--init", alone, "--stage", "sft", "--name", "run"]
-    command = ["--preset", "micro-still", "--data", scenes_data, *flags, "--shard"]
+    command = ["--preset", "micro-still", "--float32", "--data", scenes_data, *flags, "--shard"]
     code, printed = spawn(tmp_path, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 3, ROOT / "tests" / "micro.py",
                           "--stop", "sft:2", *command)
     assert code == 1 and "stopped by SIGTERM after step 3 of sft" in printed and "exitcode  : 143" in printed, printed
@@ -267,7 +284,7 @@ def test_sharded_processes_that_are_stopped_go_on_as_others(alone, scenes_data, 
     code, printed = spawn(tmp_path, ROOT / "tests" / "micro.py", *command, "--no-shard", "--resume")
     assert code == 2 and "written with --shard; --resume goes on likewise" in printed.splitlines()[-1], printed
     torchrun(tmp_path, 2, scenes_data, *flags, "--shard", "--resume")
-    train(tmp_path, scenes_data, "--preset", "micro-still", *flags[:4], "--name", "whole")
+    train(tmp_path, scenes_data, "--preset", "micro-still", "--float32", *flags[:4], "--name", "whole")
     same_curve(tmp_path / "runs" / "run", tmp_path / "runs" / "whole")
 
 
@@ -294,7 +311,7 @@ def test_gradients_are_sent_once_a_step(monkeypatch, sharded):
         value = everything(torch.ones(3)).sum()
         return value, value.detach()[None]
     objective = SimpleNamespace(step=lambda number: Step([(["x"], loss)] * 4, [1], 4), tasks=["AQA"])
-    trainer = engine.Trainer("sft", everything, objective, micro.STAGES["sft"], SimpleNamespace(shard=sharded, seed=0),
+    trainer = engine.Trainer("sft", everything, objective, micro.STAGES["sft"], SimpleNamespace(shard=sharded, float32=True, seed=0),
                              engine.World(0, 2, torch.device("cpu")))
     trainer.step(0, SimpleNamespace(signal=0))
     assert sent == ([3] if sharded else [3, 8]) and synced == ([False] * 3 + [True] if sharded else [])
@@ -312,15 +329,19 @@ def test_the_language_model_learns_at_its_own_rate():
         return value, value.detach()[None]
     c = dataclasses.replace(micro.STAGES["sft"], lr=0.01, warmup=0, weight_decay=0.0, lm_rate=0.25)
     trainer = engine.Trainer("sft", everything, SimpleNamespace(step=lambda number: Step([(["x"], loss)], [1], 1), tasks=["AQA"]), c,
-                             SimpleNamespace(shard=False, seed=0), engine.World(0, 1, torch.device("cpu")))
+                             SimpleNamespace(shard=False, float32=True, seed=0), engine.World(0, 1, torch.device("cpu")))
     trainer.step(0, SimpleNamespace(signal=0))
     for name, p in everything.named_parameters():
         assert torch.allclose(before[name] - p, torch.tensor(0.0025 if "lm" in name else 0.01), rtol=1e-3), name
 
 
 def test_recomputed_activations_change_nothing(alone, scenes_data, tmp_path):
-    train(tmp_path, scenes_data, "--preset", "micro-still", "--name", "run", "--checkpoint-activations")
-    assert losses(tmp_path / "runs" / "run") == losses(alone)
+    """In bfloat16 too, where the processor has it: what is computed again is multiplied as it was."""
+    for flags, expected in ((["--float32"], alone), ([], tmp_path / "runs" / "stored")):
+        train(tmp_path, scenes_data, "--preset", "micro-still", *flags, "--name", "run", "--checkpoint-activations")
+        if not flags:
+            train(tmp_path, scenes_data, "--preset", "micro-still", "--name", "stored")
+        assert losses(tmp_path / "runs" / "run") == losses(expected)
 
 
 @pytest.mark.slow
@@ -330,7 +351,7 @@ def test_compiled_layers_learn_the_same(alone, scenes_data, tmp_path):
 
 
 def test_a_batch_in_two_parts_is_the_batch(alone, scenes_data, tmp_path):
-    train(tmp_path, scenes_data, "--preset", "micro-still", "--name", "run", "--accumulate", 2)
+    train(tmp_path, scenes_data, "--preset", "micro-still", "--float32", "--name", "run", "--accumulate", 2)
     same_curve(tmp_path / "runs" / "run", alone)
 
 
