@@ -47,14 +47,15 @@ def parse_data(specs: list[str]) -> list[tuple[Path, float]]:
 
 
 def rows_of(folder: Path, split: str, stage: str) -> list[dict]:
-    """The rows that a stage learns from: clap the window captions; lm, pretrain and sft the rest, pretrain
-    alone with roll calls: later they would take the place of what the model is asked for."""
+    """The rows that a stage learns from: clap the window captions; lm, pretrain and sft the rest, sft without
+    roll calls: there they would take the place of what the model is asked for."""
     rows = [r for r in manifest.read_rows(folder / f"{split}.jsonl") if (r["task"] == "WindowText") == (stage == "clap")]
     if stage != "lm":
         rows = [r for r in rows if r.get("audio")]
-    return [r for r in rows if stage == "pretrain" or r["task"] != "RollCall"]
+    return [r for r in rows if stage != "sft" or r["task"] != "RollCall"]
 
 
+@manifest.nothing_is_garbage()
 def tokenized(rows: list[dict], tokenizer: Tokenizer, max_tokens: int, described: bool = False) -> tuple[list[Sample], list[str]]:
     """-> samples of rows, the task of each; several references make several samples; what has no supervised token left is dropped."""
     flat = [{**row, "answer": answer} for row in rows for answer in row.get("answers", [row.get("answer", "")])]

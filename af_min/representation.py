@@ -71,6 +71,15 @@ class Representation(nn.Module):
         self.layers = nn.ModuleList(
             nn.ModuleList([SelfAttention(width, config.heads), FeedForward(width, config.inner)]) for _ in range(config.layers))
         self.register_buffer("positions", sinusoid_table(self.max_positions, width), persistent=False)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """What a layer adds starts out at a tenth. At full size it would mix every window with the mean of its recording before
+        anything has been learned; so a window is at first what the encoder heard in it."""
+        for attend, feed_forward in self.layers:
+            for parameter in (attend.out.weight, feed_forward.down.weight, feed_forward.down.bias):
+                parameter *= 0.1
 
     def forward(self, windows_PSD: torch.Tensor, position_PS: torch.Tensor | None = None,
                 recording_PS: torch.Tensor | None = None) -> torch.Tensor:

@@ -7,7 +7,7 @@ texture is a scene of unnamed sounds that only the window encoder's training hea
     AudioCaptioning, ...     questions about scenes (the table `QUESTIONS`)
     Interview                several independent questions about one scene, as a dialogue (training only); some have a description
                              and no recording: text for the language model alone. Glossary: likewise
-    RollCall                 many questions in a row that take finding a named sound: what the pretrain stage learns to look with
+    RollCall                 many questions in a row that take finding a named sound, for the stages lm and pretrain
     Dialogue                 two to four turns, in which "it" is the sound named last
     FewShot                  clips named with made-up words: only the shots tell which word is which sound
 

@@ -38,6 +38,7 @@ SHOTS_PREFIX = "Here are similar examples. "
 ANSWER, USER, ASSISTANT = "\nAnswer:", "user: ", " \nassistant: "
 
 
+@functools.cache
 def prefix(task: str) -> str:
     """The task's prefix. Further kinds of classification and captioning spell their own; other unknown tasks have none."""
     own = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", task).lower()

@@ -1,4 +1,6 @@
 """data.py: the mixture's order depends on the seed and the step alone, weights are respected, a batch is what its samples are."""
+import contextlib
+import gc
 import pickle
 from collections import Counter
 
@@ -6,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from af_min import data, manifest
+from af_min import manifest
 from af_min.cli import UserError
 from af_min.data import Dataset, Mixture, WindowCaptions, collate, parse_data, recordings, rows_of, tokenized
 from af_min.text import IGNORE, Sample
@@ -171,7 +173,7 @@ def prepared(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("stage, tasks", [("clap", ["WindowText"]), ("lm", ["AQA", "FewShot", "Dialogue", "Pool"]),
+@pytest.mark.parametrize("stage, tasks", [("clap", ["WindowText"]), ("lm", ["AQA", "FewShot", "Dialogue", "Pool", "RollCall"]),
                                           ("pretrain", ["AQA", "FewShot", "Dialogue", "Pool", "RollCall"]), ("sft", ["AQA", "FewShot", "Dialogue", "Pool"])])
 def test_every_stage_has_its_rows(prepared, stage, tasks):
     assert [row["task"] for row in rows_of(prepared, "train", stage)] == tasks
@@ -212,3 +214,17 @@ def test_window_captions_a_few_windows_of_each_of_many_recordings():
     assert WindowCaptions(rows, 8, 0).batch(7) == steps[7] and WindowCaptions(rows, 8, 1).batch(0) != steps[0]
     with pytest.raises(UserError, match="nothing to train the window encoder on"):
         WindowCaptions([], 8, 0)
+
+
+def test_garbage_is_collected_again_when_rows_are_read_or_are_none(prepared):
+    (prepared / "bad.jsonl").write_text("{}\n")
+    for name in ("train", "bad"):
+        with contextlib.suppress(UserError):
+            manifest.read_rows(prepared / f"{name}.jsonl")
+        assert gc.isenabled()
+    seen = []
+    with manifest.nothing_is_garbage():
+        seen.append(gc.isenabled())
+        manifest.read_rows(prepared / "train.jsonl")
+        seen.append(gc.isenabled())
+    assert seen == [False, False] and gc.isenabled()
