@@ -157,7 +157,7 @@ STAGES = {
         "clap": StageConfig(steps=600, lr=2e-3, warmup=40, batch=128, batch_tokens=1 << 20, decay=True, weight_decay=0.05),
         "lm": StageConfig(steps=1500, lr=1.4e-3, warmup=40, batch=256, batch_tokens=2560, decay=True, weight_decay=0.05),
         "pretrain": StageConfig(steps=500, lr=2e-3, warmup=30, batch=256, batch_tokens=1280, decay=True, weight_decay=0.05),
-        "sft": StageConfig(steps=3300, lr=1.4e-3, warmup=100, lm_rate=0.5, batch=256, batch_tokens=1280, decay=True, weight_decay=0.05),
+        "sft": StageConfig(steps=3300, lr=1.4e-3, warmup=100, lm_rate=0.75, batch=256, batch_tokens=1280, decay=True, weight_decay=0.05),
     },
     "af1": {  # released settings: global batch 384, then 128; constant rate after 1875 steps
         "clap": StageConfig(steps=100_000, lr=1e-4, warmup=1875, batch=512, batch_tokens=1 << 30),
