@@ -21,7 +21,7 @@ from .store import Store
 from .text import Sample, Tokenizer, unspeakable, write_sample
 
 MAX_NEW = 24           # tokens of an answer, at most
-BATCH_TOKENS = 16_000  # padded tokens of one batch: 3 GB of cache with `af1` in bfloat16
+BATCH_TOKENS = 8000    # padded tokens of one batch: 1.5 GB of cache with `af1` in bfloat16
 
 
 def grouped(items: Iterable, length: Callable) -> Iterator[list]:
