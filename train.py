@@ -168,6 +168,7 @@ def main() -> None:
                 weights, everything = checkpoint.whole_state(everything), Everything(config).to(world.device)
                 spread(everything, weights, world)
                 lighten(everything, args)
+            objective = trainer = None                             # before the next stage reads its rows
     if world.size > 1:
         dist.destroy_process_group()
     if world.rank > 0:
@@ -178,7 +179,7 @@ def main() -> None:
         checkpoint.save_run(run, everything.model, config, tokenizer, {"args": asdict(args)})
     print(f"{run}: " + footer(everything, lines, time.time() - started, world))
     if args.evaluate:
-        everything = objective = trainer = None                    # scoring needs their memory
+        everything = None                                          # scoring needs its memory
         from af_min import evaluate
         evaluate.report(run, folders)
 
