@@ -23,6 +23,8 @@ def flag(default, help: str, choices: tuple | None = None, **kind):
 
 
 class Parser(argparse.ArgumentParser):
+    """Answers a wrong flag in one line, without the whole usage before it."""
+
     def error(self, message: str):
         self.exit(2, f"error: {message}; {self.prog} -h lists the flags\n")
 

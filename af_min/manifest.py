@@ -36,8 +36,8 @@ HALF_LETTER = re.compile("[\ud800-\udfff]")             # half of a pair of UTF-
 
 @contextlib.contextmanager
 def nothing_is_garbage() -> Iterator[None]:
-    """Python looks among many new objects for cycles that nobody holds. Of a data set's rows all stay, and looking takes as long as
-    reading them."""
+    """Python looks among many new objects for cycles that nobody holds. Of a data set's rows all stay, and looking them through
+    takes time for nothing."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -14,8 +14,6 @@ import torch.nn.functional as F
 from kernels import attention, linear
 
 SHAPES = [(1280, 128, 512), (1280, 512, 128), (1280, 128, 128), (1, 576, 1536), (8, 576, 1536), (8, 1536, 576), (8, 576, 49152)]
-
-
 TEXTS = [(64, 20, 20), (40, 32, 26), (12, 110, 110), (12, 110, 80), (8, 160, 60), (512, 16, 16)]     # samples, tokens, keys
 
 
