@@ -53,6 +53,7 @@ class Args:
     seed: int = flag(0, "seed of weights and data order")
     steps: int = flag(0, "training steps of the stage (0: the preset's)")
     lr: float = flag(0.0, "peak learning rate of the stage (0: the preset's)")
+    optimizer: str = flag("", "default: the preset's; with --lm adamw, with --init that of the run", choices=("adamw", "muon"))
     batch: int = flag(0, "samples of the global batch (0: the preset's)")
     batch_tokens: int = flag(0, "padded tokens of the global batch, at most (0: the preset's)")
     accumulate: int = flag(1, "pieces that a process splits its share of each part of a batch into, to save memory (4 parts, if large)")
@@ -78,7 +79,7 @@ def make_tokenizer(folders, vocab_size: int) -> text.Tokenizer:
 
 def stage_settings(args: Args, stage: str) -> StageConfig:
     c = STAGES[args.preset][stage]
-    return replace(c, steps=args.steps or c.steps, lr=args.lr or c.lr, batch=args.batch or c.batch,
+    return replace(c, steps=args.steps or c.steps, lr=args.lr or c.lr, optimizer=args.optimizer or c.optimizer, batch=args.batch or c.batch,
                    batch_tokens=args.batch_tokens or c.batch_tokens, warmup=min(c.warmup, max(1, (args.steps or c.steps) // 5)))
 
 
@@ -104,10 +105,11 @@ def parse_arguments() -> Args:
         args = replace(args, init=str(run))
     saved = training_of(run)
     again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and (run / "checkpoint").exists()     # torchrun --max-restarts
-    if args.resume or again and all(saved.get(name) == value for name, value in asdict(args).items() if name != "preset"):
+    if args.resume or again and all(saved.get(name) == value for name, value in asdict(args).items() if name not in ("preset", "optimizer")):
         args = cli.parse(Args, description=__doc__, saved={**saved, "resume": True})
     preset = args.preset or (training_of(Path(args.init)).get("preset", "af1") if args.init else "af1" if args.clap else "tiny")
-    args = replace(args, preset=preset)
+    optimizer = args.optimizer or (training_of(Path(args.init)).get("optimizer", "") if args.init else "adamw" if args.lm else "")
+    args = replace(args, preset=preset, optimizer=optimizer)
     cli.at_least(args, seed=0, steps=0, lr=0, batch=0, batch_tokens=0, accumulate=1, checkpoint_every=1)
     if args.shard and int(os.environ.get("WORLD_SIZE", 1)) == 1:
         raise UserError("--shard spreads the model over processes: start them with torchrun --nproc_per_node N train.py --shard")

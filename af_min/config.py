@@ -139,12 +139,13 @@ PRESETS = {"tiny": TINY, "af1": AF1}
 
 @dataclass(frozen=True)
 class StageConfig:
-    """How one stage of training runs (AdamW, beta .9 and .95, gradient norm clipped)."""
+    """How one stage of training runs (AdamW with beta .9 and .95, or Muon; gradient norm clipped)."""
     steps: int
     lr: float
     warmup: int                      # steps of linear warm-up
     batch: int                       # samples of the global batch, at most (clap: windows)
     batch_tokens: int                # padded text tokens of the global batch, at most
+    optimizer: str = "adamw"         # adamw | muon (muon.py): tiny needs about half the steps with it
     lm_rate: float = 1.0             # of the language model's learning rate, times lr: below 1 it does not outrun what listens for it
     decay: bool = False              # after the warm-up: False = constant (released settings), True = linear to a twentieth
     weight_decay: float = 0.1
@@ -154,10 +155,11 @@ class StageConfig:
 
 STAGES = {
     "tiny": {
-        "clap": StageConfig(steps=600, lr=2e-3, warmup=40, batch=128, batch_tokens=1 << 20, decay=True, weight_decay=0.05),
-        "lm": StageConfig(steps=1500, lr=1.4e-3, warmup=40, batch=256, batch_tokens=2560, decay=True, weight_decay=0.05),
-        "pretrain": StageConfig(steps=500, lr=2e-3, warmup=30, batch=256, batch_tokens=1280, decay=True, weight_decay=0.05),
-        "sft": StageConfig(steps=3300, lr=1.4e-3, warmup=100, lm_rate=0.75, batch=256, batch_tokens=1280, decay=True, weight_decay=0.05),
+        "clap": StageConfig(steps=400, lr=4e-3, warmup=40, optimizer="muon", batch=128, batch_tokens=1 << 20, decay=True, weight_decay=0.05),
+        "lm": StageConfig(steps=700, lr=3e-3, warmup=40, optimizer="muon", batch=256, batch_tokens=2560, decay=True, weight_decay=0.05),
+        "pretrain": StageConfig(steps=300, lr=4e-3, warmup=30, optimizer="muon", batch=256, batch_tokens=2560, decay=True, weight_decay=0.05),
+        "sft": StageConfig(steps=1100, lr=2.5e-3, warmup=100, optimizer="muon", lm_rate=0.75, batch=256, batch_tokens=2560, decay=True,
+                           weight_decay=0.05),
     },
     "af1": {  # released settings: global batch 384, then 128; constant rate after 1875 steps
         "clap": StageConfig(steps=100_000, lr=1e-4, warmup=1875, batch=512, batch_tokens=1 << 30),

@@ -1,6 +1,6 @@
 """The loop that every stage runs in: the same steps on one process or many, resumed or not.
 
-    g = sum over processes and parts of d loss / d weights,   g <- g min(1, clip / |g|),   one step of AdamW
+    g = sum over processes and parts of d loss / d weights,   g <- g min(1, clip / |g|),   one step of AdamW or Muon
 
 Losses are sums over this process's share divided by a number of the whole batch (stages.py): gradients add up and nothing is
 averaged. Without --shard each process has all weights; gradients are added up once a step, in one message, whatever
@@ -29,11 +29,12 @@ import torch.utils.checkpoint
 from torch import nn
 from tqdm import tqdm
 
-from kernels.linear import as_now
+from kernels.linear import HAS_BFLOAT16, as_now
 
 from . import checkpoint
 from .cli import UserError
 from .config import StageConfig
+from .muon import Muon
 from .stages import Everything, Step
 
 PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40": 181e12, "4090": 165e12}      # bf16 FLOP/s, without sparsity
@@ -200,13 +201,23 @@ class Trainer:
         if self.sharded:
             shard(everything, world, args.float32)
         self.parameters = everything.freeze_but(stage)           # those that sharding put in the place of the first
-        of_lm, groups = {id(p) for p in everything.model.lm.parameters()}, {}
+        self.optimizer = self.make_optimizer()
+
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        """Matrices decay, the rest does not; Muon's part are the weights of linear layers, the head left out."""
+        everything, c, groups = self.everything, self.c, {}
+        of_lm = {id(p) for p in everything.model.lm.parameters()}
+        of_layers = {id(layer.weight) for name, layer in everything.named_modules() if isinstance(layer, nn.Linear) and name != "model.lm.head"}
         for p in self.parameters:
-            kind = c.weight_decay if p.ndim > 1 else 0.0, c.lm_rate if id(p) in of_lm else 1.0
+            kind = c.weight_decay if p.ndim > 1 else 0.0, c.lm_rate if id(p) in of_lm else 1.0, c.optimizer == "muon" and id(p) in of_layers
             groups.setdefault(kind, []).append(p)
-        self.optimizer = torch.optim.AdamW([{"params": parameters, "weight_decay": decay, "rate": times}
-                                            for (decay, times), parameters in groups.items()],
-                                           lr=c.lr, betas=(0.9, 0.95), fused=True)
+        groups = [{"params": parameters, "weight_decay": decay, "rate": times, "matrices": matrices}
+                  for (decay, times, matrices), parameters in groups.items()]
+        settings = {"lr": c.lr, "betas": (0.9, 0.95), "fused": True}
+        if c.optimizer == "adamw":
+            return torch.optim.AdamW(groups, **settings)
+        half = not self.args.float32 and (self.world.device.type == "cuda" or HAS_BFLOAT16)
+        return Muon(groups, products=torch.bfloat16 if half else None, **settings)
 
     def step(self, number: int, stop: Stop) -> tuple[Step, dict, int]:
         """-> the batch, its losses and gradient norm, the sum of the processes' signals (0: go on)."""

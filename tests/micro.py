@@ -30,7 +30,8 @@ STILL = dataclasses.replace(MICRO, lm=dataclasses.replace(MICRO.lm, dropout=0.0)
 STEPS = 5
 STAGES = {stage: StageConfig(steps=STEPS, lr=lr, warmup=1, batch=8, batch_tokens=2048, decay=stage != "sft")
           for stage, lr in (("clap", 1e-3), ("lm", 2e-3), ("pretrain", 3e-3), ("sft", 4e-3))}
-STAGES["sft"] = dataclasses.replace(STAGES["sft"], lm_rate=0.5)
+STAGES["lm"] = dataclasses.replace(STAGES["lm"], optimizer="muon")          # both optimizers, alone and one after the other
+STAGES["sft"] = dataclasses.replace(STAGES["sft"], optimizer="muon", lm_rate=0.5)
 
 
 def train_module():
@@ -74,12 +75,14 @@ def in_double() -> None:
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
     train = train_module()
+    settings = ["--preset", "micro", "--no-evaluate"]
     if sys.argv[1] == "--double":
         in_double()
         del sys.argv[1]
+        settings.append("--float32")                                           # no product in bfloat16, the optimizer's neither
     if sys.argv[1] in ("--kill", "--stop", "--spoil"):
         stage, step = sys.argv[2].split(":")
         trouble(train, sys.argv[1], stage, int(step))
         del sys.argv[1:3]
-    sys.argv[1:1] = ["--preset", "micro", "--no-evaluate"]
+    sys.argv[1:1] = settings
     train.cli.run(train.main)

@@ -77,7 +77,7 @@ def test_init_starts_from_another_runs_weights_and_tokenizer(trained, scenes_dat
     assert (new / "tokenizer.model").read_bytes() == (trained[0] / "tokenizer.model").read_bytes()
     assert all(torch.equal(before[n], after[n]) for n in before if n.startswith("encoder."))
     rate = engine.rate(0, dataclasses.replace(micro.STAGES["sft"], warmup=1))
-    for name in before:                                    # one AdamW step moves no weight by much more than the learning rate
+    for name in before:                                    # one step moves no weight by much more than the learning rate
         assert (after[name] - before[name]).abs().max() <= 1.2 * rate
     assert [(line["stage"], line["step"]) for line in log(new)] == [("sft", 0)]
 
@@ -112,25 +112,29 @@ def test_a_new_training_leaves_nothing_of_an_older_one_of_its_name(trained, scen
     train(tmp_path, scenes_data, "--name", "run", "--steps", 1, before=look)
 
 
-@pytest.mark.parametrize("flags, preset", [
-    ([], "tiny"), (["--init", "own"], "micro"), (["--init", "converted"], "af1"), (["--init", "own", "--preset", "tiny"], "tiny"),
-    (["--lm", "x", "--clap", "y"], "af1"), (["--lm", "x", "--encoder", "own"], "tiny")])
-def test_training_settings_are_those_of_the_model_that_goes_on(tmp_path, monkeypatch, flags, preset):
-    """A converted checkpoint must not be tuned at the learning rate of the tiny preset."""
-    for name, training in (("own", {"args": {"preset": "micro"}}), ("converted", {"converted_from": "foundation.pt"})):
+@pytest.mark.parametrize("flags, preset, optimizer", [
+    ([], "tiny", "muon"), (["--init", "own"], "micro", "muon"), (["--init", "converted"], "af1", "adamw"),
+    (["--init", "own", "--preset", "tiny"], "tiny", "muon"), (["--init", "on_lm"], "tiny", "adamw"), (["--optimizer", "adamw"], "tiny", "adamw"),
+    (["--init", "on_lm", "--optimizer", "muon"], "tiny", "muon"), (["--lm", "x", "--clap", "y"], "af1", "adamw"),
+    (["--lm", "x", "--encoder", "own"], "tiny", "adamw")])
+def test_training_settings_are_those_of_the_model_that_goes_on(tmp_path, monkeypatch, flags, preset, optimizer):
+    """A converted checkpoint must not be tuned at the learning rate of the tiny preset, nor a published language model by its optimizer."""
+    for name, training in (("own", {"args": {"preset": "micro"}}), ("converted", {"converted_from": "foundation.pt"}),
+                           ("on_lm", {"args": {"preset": "tiny", "optimizer": "adamw"}})):
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.safetensors").touch()
         checkpoint.write_json(tmp_path / name / "config.json", {"model": {}, "training": training})
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train.py", *flags])
-    assert TRAIN.parse_arguments().preset == preset
+    args = TRAIN.parse_arguments()
+    assert args.preset == preset and TRAIN.stage_settings(args, "sft").optimizer == optimizer
 
 
 def test_af1_is_trained_as_released():
     """Learning rate, global batch and its tokens, warm-up, then constant; AdamW's decay, clipping, tokens of a sample."""
     for stage, lr, batch in (("pretrain", 1e-4, 384), ("sft", 2e-5, 128)):
         c = config.STAGES["af1"][stage]
-        assert (c.lr, c.batch, c.batch_tokens, c.warmup, c.decay) == (lr, batch, batch * 512, 1875, False)
+        assert (c.optimizer, c.lr, c.batch, c.batch_tokens, c.warmup, c.decay) == ("adamw", lr, batch, batch * 512, 1875, False)
         assert (c.weight_decay, c.clip, c.max_tokens) == (0.1, 1.0, 512)
         samples = [data.Sample([0] * 512, [1] * 512, ())] * (20 * batch)
         sizes = [sum(map(len, b)) for b in data.Mixture([data.Dataset("x", samples)], c.batch, c.batch_tokens, 0).epoch(0)]
@@ -327,7 +331,7 @@ def test_the_language_model_learns_at_its_own_rate():
     def loss():
         value = everything.model["lm"](torch.ones(3)).sum() + everything.model["xattn"](torch.ones(3)).sum()
         return value, value.detach()[None]
-    c = dataclasses.replace(micro.STAGES["sft"], lr=0.01, warmup=0, weight_decay=0.0, lm_rate=0.25)
+    c = dataclasses.replace(micro.STAGES["sft"], optimizer="adamw", lr=0.01, warmup=0, weight_decay=0.0, lm_rate=0.25)
     trainer = engine.Trainer("sft", everything, SimpleNamespace(step=lambda number: Step([(["x"], loss)], [1], 1), tasks=["AQA"]), c,
                              SimpleNamespace(shard=False, float32=True, seed=0), engine.World(0, 1, torch.device("cpu")))
     trainer.step(0, SimpleNamespace(signal=0))

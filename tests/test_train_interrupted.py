@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 import micro
-from af_min import checkpoint, engine
+from af_min import checkpoint, engine, muon
 from training import ROOT, STAGES, log, losses, spawn, train, weights
 
 
@@ -237,7 +237,8 @@ def test_a_kill_at_any_moment_of_saving_leaves_a_whole_checkpoint(tmp_path, monk
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "checkpoint.old"]
 
 
-def test_the_optimizer_goes_on_from_its_saved_state(tmp_path):
+@pytest.mark.parametrize("matrices", [False, True])
+def test_the_optimizer_goes_on_from_its_saved_state(tmp_path, matrices):
     """Two steps, saved and loaded, one more: the same as three."""
     def steps(model, optimizer, count):
         for _ in range(count):
@@ -248,7 +249,8 @@ def test_the_optimizer_goes_on_from_its_saved_state(tmp_path):
     def fresh():
         torch.manual_seed(0)
         model = torch.nn.Linear(3, 2)
-        return model, torch.optim.AdamW(model.parameters(), lr=0.1, betas=(0.9, 0.95), fused=True)
+        groups = [{"params": [model.weight], "matrices": matrices}, {"params": [model.bias], "matrices": False}]
+        return model, muon.Muon(groups, lr=0.1, betas=(0.9, 0.95), fused=True)
     whole, optimizer = fresh()
     steps(whole, optimizer, 3)
     first, optimizer = fresh()
