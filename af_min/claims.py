@@ -55,7 +55,7 @@ class Args:
     claims: bool = flag(True, "this table")
     data: str = flag("data/scenes", "the embedded data set; made if it is missing")
     seeds: int = flag(3, "models of each kind")
-    steps: list[int] = flag([400, 900, 150, 900, 200], "steps of clap, lm, pretrain, sft, chat; all else as in the preset", nargs=5)
+    steps: list[int] = flag([300, 600, 150, 450, 100], "steps of clap, lm, pretrain, sft, chat; all else as in the preset", nargs=5)
     preset: str = flag("tiny", "dimensions and settings of train.py")
     items: int = flag(200, "items of each task (0: all)")
     out: str = flag("claims", "everything is written to runs/OUT")
