@@ -204,12 +204,13 @@ class Trainer:
         self.optimizer = self.make_optimizer()
 
     def make_optimizer(self) -> torch.optim.Optimizer:
-        """Matrices decay, the rest does not; Muon's part are the weights of linear layers, the head left out."""
+        """Weights decay, vectors (biases, norms, gates) do not. Muon's are the weights of linear layers, but for the head."""
         everything, c, groups = self.everything, self.c, {}
         of_lm = {id(p) for p in everything.model.lm.parameters()}
-        of_layers = {id(layer.weight) for name, layer in everything.named_modules() if isinstance(layer, nn.Linear) and name != "model.lm.head"}
+        of_layers = {id(layer.weight) for name, layer in everything.named_modules()
+                     if c.optimizer == "muon" and isinstance(layer, nn.Linear) and name != "model.lm.head"}
         for p in self.parameters:
-            kind = c.weight_decay if p.ndim > 1 else 0.0, c.lm_rate if id(p) in of_lm else 1.0, c.optimizer == "muon" and id(p) in of_layers
+            kind = c.weight_decay if p.ndim > 1 else 0.0, c.lm_rate if id(p) in of_lm else 1.0, id(p) in of_layers
             groups.setdefault(kind, []).append(p)
         groups = [{"params": parameters, "weight_decay": decay, "rate": times, "matrices": matrices}
                   for (decay, times, matrices), parameters in groups.items()]

@@ -77,7 +77,7 @@ def ask_count(events, rng):
     yield "how many sounds are there?", NUMBERS[len(events)]
 
 
-def ask_count_of(events, rng):
+def ask_count_of(events, rng, most=5):
     names = [e.name for e in events]
     by_count = defaultdict(list)                    # asked for every count, or the commonest sound's would be a good guess
     for name in sorted(set(names)):
@@ -85,7 +85,7 @@ def ask_count_of(events, rng):
     if rng.random() < 1 / 3:
         by_count[0] = [n for n in TRAIN_CLASSES if n not in names]
     for count in by_count:
-        if count <= 3:
+        if count <= most:
             yield f"how many times does the {rng.choice(by_count[count])} occur?", NUMBERS[count]
 
 
