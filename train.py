@@ -97,6 +97,13 @@ def training_of(run: Path) -> dict:
     return values.get("training", {}).get("args", {}) if isinstance(values, dict) else {}
 
 
+def with_defaults(args: Args) -> Args:
+    """Preset and optimizer, where they are not named: those of the run that is gone on with, or what fits a new model."""
+    before = training_of(Path(args.init)) if args.init else {}
+    preset = args.preset or (before.get("preset", "af1") if args.init else "af1" if args.clap else "tiny")
+    return replace(args, preset=preset, optimizer=args.optimizer or before.get("optimizer", "adamw" if args.lm else ""))
+
+
 def parse_arguments() -> Args:
     """The command line; with --resume, flags that are not named have the values that the run was started with."""
     args = cli.parse(Args, description=__doc__)
@@ -105,11 +112,9 @@ def parse_arguments() -> Args:
         args = replace(args, init=str(run))
     saved = training_of(run)
     again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and (run / "checkpoint").exists()     # torchrun --max-restarts
-    if args.resume or again and all(saved.get(name) == value for name, value in asdict(args).items() if name not in ("preset", "optimizer")):
-        args = cli.parse(Args, description=__doc__, saved={**saved, "resume": True})
-    preset = args.preset or (training_of(Path(args.init)).get("preset", "af1") if args.init else "af1" if args.clap else "tiny")
-    optimizer = args.optimizer or (training_of(Path(args.init)).get("optimizer", "") if args.init else "adamw" if args.lm else "")
-    args = replace(args, preset=preset, optimizer=optimizer)
+    args = with_defaults(args)
+    if args.resume or again and saved == asdict(args):
+        args = with_defaults(cli.parse(Args, description=__doc__, saved={**saved, "resume": True}))
     cli.at_least(args, seed=0, steps=0, lr=0, batch=0, batch_tokens=0, accumulate=1, checkpoint_every=1)
     if args.shard and int(os.environ.get("WORLD_SIZE", 1)) == 1:
         raise UserError("--shard spreads the model over processes: start them with torchrun --nproc_per_node N train.py --shard")

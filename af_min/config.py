@@ -145,7 +145,7 @@ class StageConfig:
     warmup: int                      # steps of linear warm-up
     batch: int                       # samples of the global batch, at most (clap: windows)
     batch_tokens: int                # padded text tokens of the global batch, at most
-    optimizer: str = "adamw"         # adamw | muon (muon.py): tiny needs about half the steps with it
+    optimizer: str = "adamw"         # adamw | muon: muon.py
     lm_rate: float = 1.0             # of the language model's learning rate, times lr: below 1 it does not outrun what listens for it
     decay: bool = False              # after the warm-up: False = constant (released settings), True = linear to a twentieth
     weight_decay: float = 0.1

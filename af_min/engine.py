@@ -29,13 +29,13 @@ import torch.utils.checkpoint
 from torch import nn
 from tqdm import tqdm
 
-from kernels.linear import HAS_BFLOAT16, as_now
+from kernels.linear import as_now
 
 from . import checkpoint
 from .cli import UserError
 from .config import StageConfig
 from .muon import Muon
-from .stages import Everything, Step
+from .stages import Everything, Step, in_half
 
 PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40": 181e12, "4090": 165e12}      # bf16 FLOP/s, without sparsity
 
@@ -217,8 +217,7 @@ class Trainer:
         settings = {"lr": c.lr, "betas": (0.9, 0.95), "fused": True}
         if c.optimizer == "adamw":
             return torch.optim.AdamW(groups, **settings)
-        half = not self.args.float32 and (self.world.device.type == "cuda" or HAS_BFLOAT16)
-        return Muon(groups, products=torch.bfloat16 if half else None, **settings)
+        return Muon(groups, products=torch.bfloat16 if in_half(self.world.device, self.args.float32) else None, **settings)
 
     def step(self, number: int, stop: Stop) -> tuple[Step, dict, int]:
         """-> the batch, its losses and gradient norm, the sum of the processes' signals (0: go on)."""

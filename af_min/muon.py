@@ -3,7 +3,7 @@
 AdamW scales every number of a gradient for itself. Muon (K. Jordan, 2024, https://kellerjordan.github.io/posts/muon/) takes a weight
 (N_out, N_in) for the matrix that it is. A gradient is mostly a few large directions, which examples of the common kind gave it; what
 rare ones teach is in the many small ones. Muon makes all directions of a step equally large (not in the paper, which has AdamW, as
-`af1` has; with Muon `tiny` learns the same in fewer steps):
+`af1` has; README sets the two beside each other on `tiny`):
 
     M <- μ M + (1 - μ) G                       momentum
     X =  U Vᵀ  of  (1 - μ) G + μ M = U S Vᵀ    Nesterov's look ahead, its singular values set to 1
@@ -11,7 +11,7 @@ rare ones teach is in the many small ones. Muon makes all directions of a step e
 
 The factor gives a step the size that AdamW's have (arXiv 2502.16982, section 2.2): one learning rate serves both. U Vᵀ needs no
 decomposition. Of a matrix with singular values s, Newton and Schulz's  X <- a X + b (X Xᵀ) X + c (X Xᵀ)² X  has  a s + b s³ + c s⁵  and
-the same U and V; Jordan's a, b, c carry small ones up fast, and to between 0.7 and 1.2, not to 1.
+the same U and V; Jordan's a, b, c carry small ones up fast, and to about 0.7 to 1.2, not to 1.
 """
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from torch import Tensor
 
 MOMENTUM = 0.95
 A, B, C = 3.4445, -4.7750, 2.0315
-ITERATIONS = 3           # he makes 5; on `tiny` 3 learned as fast (one pair of runs of the lm stage)
+ITERATIONS = 3           # he makes 5; each takes time, and README's scores were reached with 3
 
 
 def orthogonal(g_RNM: Tensor, products: torch.dtype | None = None, iterations: int = ITERATIONS) -> Tensor:

@@ -53,11 +53,15 @@ class Everything(nn.Module):
         return self.model(batch.ids_BT, batch.labels_BT, heard)
 
 
+def in_half(device: torch.device, float32: bool) -> bool:
+    """Training multiplies in bfloat16 where the device has it and nobody has asked for --float32."""
+    return not float32 and (device.type == "cuda" or device.type == "cpu" and HAS_BFLOAT16)
+
+
 def half_precision(device: torch.device, float32: bool):
-    """A context: bfloat16 where the device has it and nobody has asked for --float32, on a GPU by autocast, on a CPU in products alone."""
-    if device.type == "cpu":
-        return bfloat16_products(HAS_BFLOAT16 and not float32)
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" and not float32)
+    """A context for a forward pass: on a GPU autocast, on a CPU products alone."""
+    half = in_half(device, float32)
+    return bfloat16_products(half) if device.type == "cpu" else torch.autocast(device.type, torch.bfloat16, enabled=half)
 
 
 @dataclass
