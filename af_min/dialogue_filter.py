@@ -101,10 +101,10 @@ def main() -> None:
     args = cli.parse(Args, description=__doc__)
     folder, run = Path(args.data), Path(args.run)
     manifest.read_card(folder)
+    model, tokenizer = checkpoint.load_run(run)
     picture = Path(args.plot or run / f"similarity-{folder.name}.png")
     if picture.suffix not in (".png", ".pdf", ".svg") or not picture.absolute().parent.is_dir():
         raise UserError(f"--plot {picture}: expected a name that ends with .png, .pdf or .svg, in a folder that exists")
-    model, tokenizer = checkpoint.load_run(run)
     tower = load_text_tower(run, model.config)
     rows = manifest.read_rows(folder / "train.jsonl")
     dialogues = [row for row in rows if "turns" in row]
