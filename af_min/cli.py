@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import dataclasses
 import errno
 import os
@@ -60,9 +61,20 @@ def at_least(args, **limits: float) -> None:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {limit} or more")
 
 
+def keep_freed_memory() -> None:
+    """Let glibc keep half a gigabyte of what was freed, and blocks of up to 32 MB among it. As a rule it gives back large blocks at
+    once, and the next tensor of that size pays for its pages anew, zeroed one by one: encoding 128 windows of `tiny` at a time, 0.40 ms
+    a window instead of 0.25. Elsewhere nothing happens."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        mallopt(-3, 32 << 20)            # M_MMAP_THRESHOLD, the most that every version takes
+        mallopt(-1, 512 << 20)           # M_TRIM_THRESHOLD
+
+
 def run(main) -> None:
     """Call `main()`; a UserError, a full disk and a missing permission become one line and exit code 2, Ctrl-C exit code 130, a
     closed pipe silence."""
+    keep_freed_memory()
     try:
         main()
     except UserError as error:

@@ -84,18 +84,20 @@ def _row(line: str, where: str) -> dict:
     return {**row, "start": float(row.get("start", 0.0))}
 
 
+def text(value) -> bool:
+    return isinstance(value, str) and bool(value.strip()) and (value.isascii() or not HALF_LETTER.search(value))
+
+
+def number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < float("inf")
+
+
 def check_row(row, where: str) -> None:
     """Every rule of the format for one row. UserError: `where: field: expected ..., got ...`."""
     def need(good: bool, name: str, expected: str):
         if not good:
             got = repr(row.get(name, "nothing"))[:60] if isinstance(row, dict) else repr(row)[:60]
             raise UserError(f"{where}: {name}: expected {expected}, got {got}")
-
-    def text(value) -> bool:
-        return isinstance(value, str) and bool(value.strip()) and not HALF_LETTER.search(value)
-
-    def number(value) -> bool:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < float("inf")
 
     need(isinstance(row, dict), "row", "a JSON object")
     audio = row.get("audio")

@@ -48,23 +48,23 @@ class Muon(torch.optim.AdamW):
         self.param_groups = [group for group in groups if not group["matrices"]]
         super().step()
         self.param_groups = groups
-        directions = defaultdict(list)                               # by shape: matrices of one shape are multiplied together
+        of_shape = defaultdict(list)                                 # matrices of one shape are multiplied together
         for group in groups:
             for p in group["params"] if group["matrices"] else []:
                 if p.grad is None:
                     continue
-                if not self.state[p]:
-                    self.state[p] = {"step": torch.tensor(0.0), "momentum": torch.zeros_like(p)}    # AdamW expects a count when it is loaded
-                self.state[p]["step"] += 1
-                momentum = self.state[p]["momentum"].lerp_(p.grad, 1 - MOMENTUM)
-                ahead = whole(p.grad.lerp(momentum, MOMENTUM))
-                wide = ahead if ahead.shape[0] <= ahead.shape[1] else ahead.T
-                directions[wide.shape].append((p, wide, group))
-        for (_, longer), of_shape in directions.items():
-            found = orthogonal(torch.stack([wide for _, wide, _ in of_shape]), self.products)
-            for (p, _, group), x in zip(of_shape, found):
+                state = self.state[p]
+                if not state:
+                    state.update(step=torch.tensor(0.0), momentum=torch.zeros_like(p))           # AdamW expects a count when it is loaded
+                state["step"] += 1
+                momentum = state["momentum"].lerp_(p.grad, 1 - MOMENTUM)
+                of_shape[p.shape].append((p, whole(p.grad.lerp(momentum, MOMENTUM)), group))
+        for (rows, columns), matrices in of_shape.items():
+            ahead = torch.stack([x for _, x, _ in matrices])
+            found = orthogonal(ahead if rows <= columns else ahead.mT, self.products)
+            for (p, _, group), x in zip(matrices, found if rows <= columns else found.mT):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(placed(x if x.shape == p.shape else x.T, p), alpha=-group["lr"] * 0.2 * longer ** 0.5)
+                p.add_(placed(x, p), alpha=-group["lr"] * 0.2 * max(rows, columns) ** 0.5)
 
 
 def whole(x: Tensor) -> Tensor:

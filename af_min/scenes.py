@@ -20,6 +20,7 @@ import hashlib
 import io
 import os
 from collections import defaultdict
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -33,6 +34,7 @@ from .questions import (LENGTH, PITCH, QUESTIONS, WINDOW, Event, description, di
 from .synth import CLASSES, RATE, TRAIN_CLASSES, Patch, describe, random_patch, render
 
 MAX_SECONDS = 5.3           # of a scene: 33 windows of 0.6 s, 0.15 s apart, reach 5.4 s
+TOLD = 100                  # rows without a recording that one job makes
 LEAD = 0.43                 # seconds before the first sound of a scene: its onset is in four windows, as every other
 
 
@@ -180,8 +182,14 @@ def clip_row(writer: Writer, split: str, name: str, index: int) -> dict:
             "description": description(events)}
 
 
+def told_rows(writer: Writer, make: Callable, first: int, count: int) -> list[dict]:
+    """Rows about what exists as a description only."""
+    rng = writer.rng(make.__name__, first)
+    return [make(rng) for _ in range(count)]
+
+
 def record(writer: Writer, job: tuple) -> list[dict]:
-    """Make one recording, with a random generator of its own, and its rows. Runs in a worker process."""
+    """Make one recording, or rows without one, with a random generator of its own. Runs in a worker process."""
     make, *arguments = job
     return make(writer, *arguments)
 
@@ -237,6 +245,8 @@ def build(folder: Path, seed: int = 0, sizes: Sizes = Sizes(), progress=lambda r
     jobs = [(scene_rows, split, i) for split in ("train", "val", "test") for i in range(getattr(sizes, split))]
     jobs += [(texture_rows, i) for i in range(sizes.textures)]
     jobs += [(clip_row, split, name, i) for (split, _), (names, count) in heard.items() for name in names for i in range(count)]
+    told = (told_scene, sizes.told), (glossary, sizes.glossaries)
+    jobs += [(told_rows, make, i, min(TOLD, count - i)) for make, count in told for i in range(0, count, TOLD)]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         made = dict(zip(progress(jobs), pool.map(partial(record, writer), jobs, chunksize=32)))
     rows = {split: [row for i in range(getattr(sizes, split)) for row in made[scene_rows, split, i]] for split in ("train", "val", "test")}
@@ -251,7 +261,7 @@ def build(folder: Path, seed: int = 0, sizes: Sizes = Sizes(), progress=lambda r
         rows["train"].append(episode(pool, names, int(rng.integers(0, 9 - ways)), "train", rng))
     rows["train"] += [{**clip, "task": "AudioClassification", "prompt": options_prompt(name, rng), "answer": name}
                       for name, of_name in clips["train", "named"].items() for clip in of_name]
-    rows["train"] += [told_scene(rng) for _ in range(sizes.told)] + [glossary(rng) for _ in range(sizes.glossaries)]
+    rows["train"] += [row for make, count in told for i in range(0, count, TOLD) for row in made[told_rows, make, i, min(TOLD, count - i)]]
     rows["val"] = held_out(rows["val"], clips["val", "all"], "val", sizes.val_items, rng)
     rows["test"] = held_out(rows["test"], clips["test", "all"], "test", sizes.test_items, rng)
     return rows

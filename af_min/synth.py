@@ -83,10 +83,10 @@ def render(patch: Patch, seconds: float, pitch: float, rng: np.random.Generator)
     t = np.arange(n) / RATE
     u = t / seconds                                              # 0 .. 1 over the event
     rate = patch.rate * rng.uniform(0.9, 1.1)
-    bend = {"steady": 0 * u, "rising": 1.2 * (u - 0.5), "falling": 1.2 * (0.5 - u), "arched": 0.9 * np.sin(np.pi * u) - 0.45,
-            "wobbling": 0.35 * np.sin(2 * np.pi * rate * t),
-            "stepped": 0.5 * np.sign(np.sin(2 * np.pi * rate * 0.5 * t + 0.01))}[patch.contour]  # octaves
-    frequency = patch.base * pitch * rng.uniform(0.95, 1.05) * 2 ** bend
+    bend = {"steady": lambda: 0 * u, "rising": lambda: 1.2 * (u - 0.5), "falling": lambda: 1.2 * (0.5 - u),
+            "arched": lambda: 0.9 * np.sin(np.pi * u) - 0.45, "wobbling": lambda: 0.35 * np.sin(2 * np.pi * rate * t),
+            "stepped": lambda: 0.5 * np.sign(np.sin(2 * np.pi * rate * 0.5 * t + 0.01))}[patch.contour]  # octaves
+    frequency = patch.base * pitch * rng.uniform(0.95, 1.05) * 2 ** bend()
     phase = 2 * np.pi * np.cumsum(frequency) / RATE + rng.uniform(0, 2 * np.pi)
     if patch.source == "noise":  # noise heard through a moving band: amplitude noise on a carrier of random phase walk
         walk = np.cumsum(rng.standard_normal(n)) * 2 * np.pi * 0.25 * frequency / RATE ** 0.5 * 0.04
@@ -99,9 +99,9 @@ def render(patch: Patch, seconds: float, pitch: float, rng: np.random.Generator)
         tilt = rng.uniform(0.8, 1.25)
         top = 0.45 * RATE
         sound = sum(a ** tilt * np.sin(k * phase + rng.uniform(0, 6.28)) * (k * frequency < top) for k, a in partials)
-    beat = 0.5 + 0.5 * np.cos(2 * np.pi * rate * t)
-    envelope = {"held": 1 + 0 * u, "fading": np.exp(-4.5 * u), "swelling": np.sin(np.pi * u ** 1.5) ** 1.5,
-                "pulsed": (beat > 0.45) * 1.0, "trembling": 0.25 + 0.75 * beat}[patch.envelope]
+    beat = np.cos(2 * np.pi * rate * t)
+    envelope = {"held": lambda: 1 + 0 * u, "fading": lambda: np.exp(-4.5 * u), "swelling": lambda: np.sin(np.pi * u ** 1.5) ** 1.5,
+                "pulsed": lambda: (beat > -0.1) * 1.0, "trembling": lambda: 0.625 + 0.375 * beat}[patch.envelope]()
     if patch.envelope == "pulsed":
         envelope = np.convolve(envelope, np.hanning(81) / np.hanning(81).sum(), mode="same")
     ramp = np.minimum(1, np.minimum(t, seconds - t) / 0.008)     # 8 ms fades: no clicks

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 import torch.nn.functional as F
@@ -32,23 +33,22 @@ LARGE = 1 << 20                      # multiplications in a product; below, the 
 LARGE_WEIGHT = 1 << 18               # numbers in a weight that is worth packing, for the same reason
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 HAS_BFLOAT16 = ONEDNN and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
-_factors = torch.float32             # what the factors of a product are rounded to
+_factors = ContextVar("factors", default=torch.float32)      # what the factors of a product are rounded to, in this thread
 
 
 @contextmanager
 def bfloat16_products(enabled: bool = True) -> Iterator[None]:
     """Within it, `linear` multiplies float32 on a CPU in bfloat16; the backward pass of such a product does so wherever it runs."""
-    global _factors
-    before, _factors = _factors, torch.bfloat16 if enabled else _factors
+    before = _factors.set(torch.bfloat16 if enabled else _factors.get())
     try:
         yield
     finally:
-        _factors = before
+        _factors.reset(before)
 
 
 def as_now():
     """A context for later: within it, `linear` multiplies as it does at this moment. What is computed again in the backward pass needs it."""
-    return bfloat16_products(_factors == torch.bfloat16)
+    return bfloat16_products(_factors.get() == torch.bfloat16)
 
 
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -76,7 +76,8 @@ class Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        x_RN, weight, bias = in_rows(x, _factors), weight.to(_factors), None if bias is None else bias.to(_factors)
+        factors = _factors.get()
+        x_RN, weight, bias = in_rows(x, factors), weight.to(factors), None if bias is None else bias.to(factors)
         ctx.shape = x.shape
         ctx.save_for_backward(x_RN, weight)
         return multiply(x_RN, weight, bias)[:x.shape[:-1].numel()].float().view(*x.shape[:-1], -1)
@@ -103,7 +104,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return multiply(x, weight, bias)
     if not fits(x, weight):
         return F.linear(x, weight, bias)
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad) or _factors != x.dtype:
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad) or _factors.get() != x.dtype:
         return Product.apply(x, weight, bias)
     return multiply(x, weight, bias)
 

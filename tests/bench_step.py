@@ -63,7 +63,8 @@ def measure(args: Args, stage: str, world: World) -> str:
         everything = Everything(dataclasses.replace(c, audio_id=min(c.audio_id, c.lm.vocab_size - 1)))
     lighten(everything, args)
     objective = Longest(stage, everything, args.batch, settings.max_tokens, world.device)
-    trainer = Trainer(stage, everything, objective, settings, types.SimpleNamespace(shard=False, seed=0), world)
+    flags = types.SimpleNamespace(shard=False, seed=0, float32=False, checkpoint_activations=args.checkpoint_activations, compile=args.compile)
+    trainer = Trainer(stage, everything, objective, settings, flags, world)
     meter = Meter(stage)
     for number in range(1 + args.rounds):
         began = time.perf_counter()

@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 from af_min import config
 from af_min.config import AudioConfig, ClapConfig, Config, LMConfig, RepresentationConfig, StageConfig, XattnConfig
@@ -32,6 +33,11 @@ STAGES = {stage: StageConfig(steps=STEPS, lr=lr, warmup=1, batch=8, batch_tokens
           for stage, lr in (("clap", 1e-3), ("lm", 2e-3), ("pretrain", 3e-3), ("sft", 4e-3))}
 STAGES["lm"] = dataclasses.replace(STAGES["lm"], optimizer="muon")          # both optimizers, alone and one after the other
 STAGES["sft"] = dataclasses.replace(STAGES["sft"], optimizer="muon", lm_rate=0.5)
+
+
+def flags(**others) -> SimpleNamespace:
+    """Those of train.py that a Trainer looks at."""
+    return SimpleNamespace(**{"shard": False, "seed": 0, "float32": True, "checkpoint_activations": False, "compile": False} | others)
 
 
 def train_module():

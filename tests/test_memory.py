@@ -25,7 +25,7 @@ def test_fixed_bytes_are_those_of_a_step(stage):
     def loss():
         return everything(batch, stage != "lm").sum(), torch.zeros(1)
     objective = SimpleNamespace(step=lambda number: Step([(["x"], loss)], [1], 2), tasks=["x"])
-    trainer = Trainer(stage, everything, objective, STAGE, SimpleNamespace(shard=False, seed=0), World(0, 1, torch.device("cpu")))
+    trainer = Trainer(stage, everything, objective, STAGE, micro.flags(), World(0, 1, torch.device("cpu")))
     trainer.step(0, SimpleNamespace(signal=0))
     learned = trainer.parameters
     held = sum(p.nbytes for p in everything.parameters()) + sum(p.grad.nbytes for p in learned if p.grad is not None)

@@ -1,6 +1,5 @@
 """muon.py against numpy's singular value decomposition, torch's own Muon and torch's AdamW."""
 import copy
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -109,7 +108,7 @@ def test_which_parameters_are_matrices(chosen):
     """The weights of linear layers; no embedding, no head, no norm, no table, nothing that is frozen."""
     model = Everything(micro.MICRO)
     c = StageConfig(steps=1, lr=1e-3, warmup=1, batch=2, batch_tokens=128, optimizer=chosen, lm_rate=0.5)
-    trainer = engine.Trainer("sft", model, None, c, SimpleNamespace(shard=False, seed=0, float32=True), engine.World(0, 1, torch.device("cpu")))
+    trainer = engine.Trainer("sft", model, None, c, micro.flags(), engine.World(0, 1, torch.device("cpu")))
     names = {id(p): name for name, p in model.named_parameters()}
     found = {names[id(p)] for group in trainer.optimizer.param_groups if group["matrices"] for p in group["params"]}
     ends = (".q.weight", ".k.weight", ".v.weight", ".kv.weight", ".out.weight", ".up.weight", ".down.weight")
