@@ -158,7 +158,7 @@ STAGES = {
         "clap": StageConfig(steps=400, lr=4e-3, warmup=40, optimizer="muon", batch=128, batch_tokens=1 << 20, decay=True, weight_decay=0.05),
         "lm": StageConfig(steps=700, lr=3e-3, warmup=40, optimizer="muon", batch=256, batch_tokens=2560, decay=True, weight_decay=0.05),
         "pretrain": StageConfig(steps=300, lr=4e-3, warmup=30, optimizer="muon", batch=256, batch_tokens=2560, decay=True, weight_decay=0.05),
-        "sft": StageConfig(steps=1200, lr=2.5e-3, warmup=100, optimizer="muon", lm_rate=0.75, batch=256, batch_tokens=2560, decay=True,
+        "sft": StageConfig(steps=1150, lr=2.5e-3, warmup=100, optimizer="muon", lm_rate=0.75, batch=256, batch_tokens=2560, decay=True,
                            weight_decay=0.05),
     },
     "af1": {  # released settings: global batch 384, then 128; constant rate after 1875 steps

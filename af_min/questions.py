@@ -111,9 +111,10 @@ def ask_length(events, rng):
         yield f"is the {events[i].name} short or long?", events[i].length
 
 
-QUESTIONS = {  # task: (question maker, at most so many a training scene)
-    "AudioCaptioning": (ask_caption, 1), "Presence": (ask_presence, 1), "Count": (ask_count, 1), "CountOf": (ask_count_of, 3),
-    "After": (ask_after, 2), "Before": (ask_before, 2), "Pitch": (ask_pitch, 1), "Length": (ask_length, 1)}
+QUESTIONS = {  # task: (question maker, in training asked alone about this share of the scenes, and at most so often)
+    "AudioCaptioning": (ask_caption, 0.75, 1), "Presence": (ask_presence, 0.4, 1), "Count": (ask_count, 0.4, 1),
+    "CountOf": (ask_count_of, 0.7, 3), "After": (ask_after, 1.0, 2), "Before": (ask_before, 1.0, 2), "Pitch": (ask_pitch, 0.7, 1),
+    "Length": (ask_length, 0.7, 1)}
 
 
 def dialogue(events: list[Event], rng: np.random.Generator) -> list[dict]:
@@ -154,7 +155,7 @@ def in_a_row(makers: list[Callable], events: list[Event], rng: np.random.Generat
 
 
 def interview(events: list[Event], rng: np.random.Generator, most: int = 7) -> list[dict]:
-    return in_a_row([make for task, (make, _) in QUESTIONS.items() if task != "AudioCaptioning"], events, rng, most)
+    return in_a_row([make for task, (make, *_) in QUESTIONS.items() if task != "AudioCaptioning"], events, rng, most)
 
 
 def roll_call(events: list[Event], rng: np.random.Generator, most: int = 10) -> list[dict]:

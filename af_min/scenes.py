@@ -90,7 +90,7 @@ def episode(clips: dict[str, list[dict]], names: list[str], extra: int, split: s
 
 @dataclass(frozen=True)
 class Sizes:
-    train: int = 8000       # scenes
+    train: int = 7000       # scenes
     val: int = 300
     test: int = 2100
     textures: int = 1500
@@ -98,10 +98,10 @@ class Sizes:
     kinds: int = 150        # classes without a name, that few-shot training draws from too
     kind_clips: int = 8     # of each of those
     val_kinds: int = 12     # as many more, never heard in training
-    episodes: int = 9000    # in train
+    episodes: int = 7500    # in train
     examples: int = 1500    # training questions with examples before them
-    told: int = 24_000      # interviews about scenes that nobody hears, for the language model alone
-    glossaries: int = 10_000  # likewise
+    told: int = 21_000      # interviews about scenes that nobody hears, for the language model alone
+    glossaries: int = 9000  # likewise
     val_items: int = 300    # of every question in val
     test_items: int = 1050  # of every question in test
 
@@ -128,12 +128,12 @@ def scene_rows(writer: Writer, split: str, index: int) -> list[dict]:
     wave, events = compose([(n, CLASSES[n]) for n in draw_names(1 + index % 5, rng)], rng, LEAD)
     head = {"audio": writer.save(f"{split}-{index:05d}", wave), "start": 0.0, "seconds": round(len(wave) / RATE, 3)}
     rows = []
-    for task, (make, most) in QUESTIONS.items():
+    for task, (make, share, most) in QUESTIONS.items():
         if split != "train" and task == "CountOf":
             make = partial(make, most=3)             # of four and five there are too few for balanced answers
         asked = list(make(events, rng))
-        if split == "train" and len(asked) > most:
-            asked = [asked[i] for i in rng.choice(len(asked), most, replace=False)]
+        if split == "train":
+            asked = [asked[i] for i in rng.permutation(len(asked))[:most]] if rng.random() < share else []
         if split != "train" and task == "After":
             ends = {events[0].name, events[-1].name}
             asked = [(q, a) for q, a in asked if a not in ends]
@@ -141,9 +141,9 @@ def scene_rows(writer: Writer, split: str, index: int) -> list[dict]:
     for _ in range(2 if split == "train" else 1):
         rows.append({**head, "description": description(events), "task": "Dialogue", "turns": dialogue(events, rng)})
     if split == "train":
-        rows.append({**rows[-1], "task": "Interview", "turns": interview(events, rng)})
+        for task, make in (("Interview", interview), ("RollCall", roll_call)):
+            rows += [{**rows[-1], "task": task, "turns": make(events, rng)} for _ in range(2)]
         rows += window_rows(head, events, 2, rng)
-        rows += [{**head, "description": description(events), "task": "RollCall", "turns": roll_call(events, rng)} for _ in range(2)]
     return rows
 
 
