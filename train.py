@@ -176,6 +176,7 @@ def main() -> None:
                 spread(everything, weights, world)
                 lighten(everything, args)
             objective = trainer = None                             # before the next stage reads its rows
+            cli.return_freed_memory()
     if world.size > 1:
         dist.destroy_process_group()
     if world.rank > 0:
@@ -187,6 +188,7 @@ def main() -> None:
     print(f"{run}: " + footer(everything, lines, time.time() - started, world))
     if args.evaluate:
         everything = None                                          # scoring needs its memory
+        cli.return_freed_memory()
         from af_min import evaluate
         evaluate.report(run, folders)
 
