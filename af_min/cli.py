@@ -70,8 +70,8 @@ def glibc(function: str, *numbers: int) -> None:
 
 def keep_freed_memory() -> None:
     """Let glibc keep what was freed, 128 MB at the end of its heap and blocks of up to 32 MB. As a rule it gives large blocks back at once,
-    and the next tensor of that size pays for its pages anew, zeroed one by one: encoding 128 windows of `tiny` at a time, 0.40 ms a window
-    instead of 0.25. `return_freed_memory` gives back what is still held when another piece of work begins."""
+    and the next tensor of that size pays for its pages anew, zeroed one by one: encoding windows spends a good part of its time so.
+    `return_freed_memory` gives back what is still held when another piece of work begins."""
     glibc("mallopt", -3, 32 << 20)       # M_MMAP_THRESHOLD, the most that every version takes
     glibc("mallopt", -1, 128 << 20)      # M_TRIM_THRESHOLD
 

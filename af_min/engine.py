@@ -235,7 +235,7 @@ class Trainer:
         """Loss of every part and its sums per task; behind the last one the gradients of all stand in the parameters.
 
         A CPU computes the parts of a small model's batch side by side, each on its share of the cores, and adds up in their order: what
-        the same parts give one after the other. `tiny` on two cores, a step of sft: 196 ms instead of 225."""
+        the same parts give one after the other. `tiny` on two cores, a step of sft: 203 ms, not 245 (tests/bench_train.py --threads 2)."""
         threads = torch.get_num_threads()
         count = min(threads, len(step.parts)) if self.side_by_side else 1
         if count == 1:

@@ -1,6 +1,7 @@
 """What a training step costs, and what each thing that we do otherwise than the released code saves. One thread is enough.
 
     python tests/bench_train.py --run runs/tiny --data data/scenes
+    python tests/bench_train.py --threads 2         something else: train.py's step, its parts side by side and one after the other
 
 One step is forward, backward and AdamW of sft on the same global batches. "The released way": every audio slot of every sample is encoded and
 attended, up to the largest number of audios in the data; a dense mask is built for every cross-attention block; the head runs on all
@@ -26,7 +27,7 @@ from tqdm import tqdm
 
 from af_min import checkpoint, cli, config, data, xattn
 from af_min.cli import UserError, flag
-from af_min.engine import World
+from af_min.engine import Trainer, World
 from af_min.stages import Everything, TextStage
 
 RELEASED = ("encode", "slots", "dense", "head", "pad")
@@ -37,6 +38,7 @@ class Args:
     run: str = flag("runs/tiny", "whose model and tokenizer")
     data: str = flag("data/scenes", "prepared data set")
     rounds: int = flag(17, "steps of ours and of each part alone; of all parts together two")
+    threads: int = flag(1, "above 1: compare what several cores make of the parts of a batch")
 
 
 def dense_attention(q, k, v, kv_len_BT):
@@ -51,8 +53,10 @@ class Bench:
         everything = Everything(model.config)
         everything.model = model.float()
         c = config.STAGES["tiny"]["sft"]
-        settings = types.SimpleNamespace(seed=0, accumulate=1, shard=False, float32=False)
-        self.stage = TextStage("sft", everything, [(Path(args.data), 1.0)], tokenizer, c, settings, World(0, 1, torch.device("cpu")))
+        settings = types.SimpleNamespace(seed=0, accumulate=1, shard=False, float32=False, checkpoint_activations=False, compile=False)
+        world = World(0, 1, torch.device("cpu"))
+        self.stage = TextStage("sft", everything, [(Path(args.data), 1.0)], tokenizer, c, settings, world)
+        self.trainer = Trainer("sft", everything, self.stage, dataclasses.replace(c, lr=0.0), settings, world)
         self.model, self.mixture, self.pad_id = model, self.stage.mixture, tokenizer.pad_id
         self.optimizer = torch.optim.AdamW([p for p in everything.parameters() if p.requires_grad], lr=0.0, fused=True)
         self.slots = max(len(s.audios) for d in self.mixture.datasets for s in d.samples)
@@ -100,9 +104,23 @@ class Bench:
         return sum(nll) / total, time.perf_counter() - began, loading
 
 
+def compare_threads(args: Args) -> None:
+    torch.set_num_threads(args.threads)
+    trainer, seconds = Bench(args).trainer, {True: [], False: []}
+    for n in tqdm(range(args.rounds), unit="round"):
+        for trainer.side_by_side in seconds:
+            began = time.perf_counter()
+            trainer.step(n, types.SimpleNamespace(signal=0))
+            seconds[trainer.side_by_side].append(time.perf_counter() - began)
+    side, after = (1000 * statistics.median(seconds[kind][1:]) for kind in (True, False))
+    print(f"{args.threads} threads: parts side by side {side:.0f} ms a step, one after the other {after:.0f} ms ({after / side:.2f} times)")
+
+
 def main() -> None:
     args = cli.parse(Args, description=__doc__)
-    cli.at_least(args, rounds=2)
+    cli.at_least(args, rounds=2, threads=1)
+    if args.threads > 1:
+        return compare_threads(args)
     torch.set_num_threads(1)
     bench, kinds = Bench(args), {"ours": (), **{name: (name,) for name in RELEASED}, "all of these": RELEASED}
     kinds["all, 512 tokens"] = (*RELEASED, "max")
