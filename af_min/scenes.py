@@ -245,8 +245,9 @@ def build(folder: Path, seed: int = 0, sizes: Sizes = Sizes(), progress=lambda r
     jobs = [(scene_rows, split, i) for split in ("train", "val", "test") for i in range(getattr(sizes, split))]
     jobs += [(texture_rows, i) for i in range(sizes.textures)]
     jobs += [(clip_row, split, name, i) for (split, _), (names, count) in heard.items() for name in names for i in range(count)]
-    told = (told_scene, sizes.told), (glossary, sizes.glossaries)
-    jobs += [(told_rows, make, i, min(TOLD, count - i)) for make, count in told for i in range(0, count, TOLD)]
+    told = [(told_rows, make, i, min(TOLD, count - i))
+            for make, count in ((told_scene, sizes.told), (glossary, sizes.glossaries)) for i in range(0, count, TOLD)]
+    jobs += told
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         made = dict(zip(progress(jobs), pool.map(partial(record, writer), jobs, chunksize=32)))
     rows = {split: [row for i in range(getattr(sizes, split)) for row in made[scene_rows, split, i]] for split in ("train", "val", "test")}
@@ -261,7 +262,7 @@ def build(folder: Path, seed: int = 0, sizes: Sizes = Sizes(), progress=lambda r
         rows["train"].append(episode(pool, names, int(rng.integers(0, 9 - ways)), "train", rng))
     rows["train"] += [{**clip, "task": "AudioClassification", "prompt": options_prompt(name, rng), "answer": name}
                       for name, of_name in clips["train", "named"].items() for clip in of_name]
-    rows["train"] += [row for make, count in told for i in range(0, count, TOLD) for row in made[told_rows, make, i, min(TOLD, count - i)]]
+    rows["train"] += [row for job in told for row in made[job]]
     rows["val"] = held_out(rows["val"], clips["val", "all"], "val", sizes.val_items, rng)
     rows["test"] = held_out(rows["test"], clips["test", "all"], "test", sizes.test_items, rng)
     return rows

@@ -360,45 +360,6 @@ def test_a_batch_in_two_parts_is_the_batch(alone, scenes_data, tmp_path):
 
 
 @pytest.mark.parametrize("stage", ["lm", "pretrain", "sft"])
-def test_parts_side_by_side_are_those_one_after_the_other(stage, alone, scenes_data, tmp_path, monkeypatch):
-    """Bit for bit: two parts on three threads, one each, against one thread for both."""
-    used, lanes = [], engine.lanes
-    monkeypatch.setattr(engine, "lanes", lambda *numbers: used.append(numbers) or lanes(*numbers))
-    for threads in (1, 3):
-        monkeypatch.setenv("OMP_NUM_THREADS", str(threads))
-        train(tmp_path, scenes_data, "--preset", "micro-still", "--init", alone, "--stage", stage, "--name", threads, "--accumulate", 2)
-        assert used == [(2, 1)] * micro.STEPS * (threads == 3) and torch.get_num_threads() == threads
-    torch.set_num_threads(1)
-    one, side = (weights(tmp_path / "runs" / name / "model.safetensors") for name in "13")
-    assert losses(tmp_path / "runs" / "1") == losses(tmp_path / "runs" / "3") and all(torch.equal(one[name], side[name]) for name in one)
-
-
-@pytest.mark.parametrize("preset, changed, expected", [
-    (micro.STILL, {}, True), (micro.MICRO, {}, False), (micro.STILL, {"compile": True}, False), (micro.STILL, {"checkpoint_activations": True}, False)])
-def test_parts_come_one_after_the_other_where_they_must(preset, changed, expected, monkeypatch):
-    """With dropout, whose draws come from one generator, and where memory or a compiler is at stake; a model that is large."""
-    def trainer():
-        return engine.Trainer("sft", stages.Everything(preset), None, micro.STAGES["sft"], micro.flags(**changed),
-                              engine.World(0, 1, torch.device("cpu")))
-    assert trainer().side_by_side == expected
-    monkeypatch.setattr(engine, "SMALL", 1000)
-    assert not trainer().side_by_side
-
-
-def test_a_part_that_fails_is_told_and_leaves_the_threads_as_they_were(monkeypatch):
-    def bad():
-        raise data.UserError("row 3 is not there")
-    trainer = engine.Trainer("lm", stages.Everything(micro.STILL), None, micro.STAGES["lm"], micro.flags(), engine.World(0, 1, torch.device("cpu")))
-    torch.set_num_threads(2)
-    try:
-        with pytest.raises(data.UserError, match="row 3"):
-            list(trainer.compute(Step([(["x"], bad)] * 2, [1], 2)))
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(1)
-
-
-@pytest.mark.parametrize("stage", ["lm", "pretrain", "sft"])
 def test_padding_is_under_a_tenth_of_the_mixed_data(scenes_data, stage):
     """Single, few-shot and dialogue samples, in the batches that the tiny preset makes of them."""
     c, folders = config.STAGES["tiny"][stage], [(scenes_data, 1.0)]
