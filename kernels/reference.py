@@ -9,6 +9,7 @@ Shapes as everywhere: B batch, H heads, T text tokens, L audio tokens, K width o
 from __future__ import annotations
 
 import math
+import threading
 import weakref
 
 import torch
@@ -42,7 +43,7 @@ def attend(q_BHTK: Tensor, k_BHLK: Tensor, v_BHLK: Tensor, kv_len: Tensor) -> Te
     return weights @ v_BHLK
 
 
-_last = (lambda: None, None, None)           # weak reference to the last kv_len, what its mask was made for, the mask
+_kept = threading.local()        # .last of each thread: a weak reference to the last kv_len, what its mask was made for, the mask
 
 
 def additive_mask(kv_len: Tensor, dtype: torch.dtype) -> tuple[int, int, Tensor | None]:
@@ -50,13 +51,13 @@ def additive_mask(kv_len: Tensor, dtype: torch.dtype) -> tuple[int, int, Tensor 
 
     Every layer of a forward pass gives the same kv_len, so the last mask is kept until another tensor comes or this one is
     written to."""
-    global _last
     made_for = None if kv_len.is_inference() else (kv_len._version, dtype)
-    if made_for is not None and _last[0]() is kv_len and _last[1] == made_for:
-        return _last[2]
+    last, last_for, last_mask = getattr(_kept, "last", (lambda: None, None, None))
+    if made_for is not None and last() is kv_len and last_for == made_for:
+        return last_mask
     low, longest = (int(n) for n in kv_len.aminmax())
     mask = None if low == longest else torch.where(visible(kv_len, longest), 0.0, -math.inf).to(dtype)
-    _last = (weakref.ref(kv_len), made_for, (low, longest, mask))
+    _kept.last = (weakref.ref(kv_len), made_for, (low, longest, mask))
     return low, longest, mask
 
 

@@ -4,6 +4,7 @@ import csv
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,15 @@ def test_shared_mask_follows_its_kv_len():
         kernels.masked_cross_attention(q, k, v, moved)
         moved[1] = 1
         torch.testing.assert_close(kernels.masked_cross_attention(q, k, v, moved), reference.attend(q, k, v, moved))
+
+
+def test_every_thread_keeps_the_mask_of_its_own_part():
+    """Parts of a batch are computed side by side: none is given, or loses its mask to, another's."""
+    kv_len, others = torch.tensor([[1, 2]], dtype=torch.int32), torch.tensor([[1, 3]], dtype=torch.int32)
+    mask = reference.additive_mask(kv_len, torch.float32)[2]
+    with ThreadPoolExecutor(1) as thread:
+        assert thread.submit(reference.additive_mask, others, torch.float32).result()[1] == 3
+    assert reference.additive_mask(kv_len, torch.float32)[2] is mask
 
 
 def test_gated_residual_reference():
