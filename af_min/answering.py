@@ -74,13 +74,16 @@ def score(model: AudioFlamingo, tokenizer: Tokenizer, state: State, logits_BV: t
 
     Each option is read behind the same cached prompt and then forgotten again. UserError if one does not fit.
     """
-    first_BV, start, columns = logits_BV.log_softmax(-1), state.cache.length, []
+    first_BV, cache, columns = logits_BV.log_softmax(-1), state.cache, []
+    start, recent = cache.length, [x_BTD.clone() for x_BTD in cache.recent]
     for option in options:
         ids = torch.tensor(tokenizer.encode(option) + [tokenizer.eoc_id], device=logits_BV.device)
-        if start + len(ids) > state.cache.max_length:
-            raise UserError(f"--options: {option[:40]!r} does not fit behind the question: {state.cache.max_length} tokens at most")
+        if start + len(ids) > cache.max_length:
+            raise UserError(f"--options: {option[:40]!r} does not fit behind the question: {cache.max_length} tokens at most")
         hidden_BTD = model.hidden(ids[:-1].expand(len(logits_BV), -1), state.audio, state=state)
-        state.cache.length = start
+        cache.length = start
+        for now_BTD, before_BTD in zip(cache.recent, recent):
+            now_BTD.copy_(before_BTD)
         later_BTV = model.lm.logits(hidden_BTD).float().log_softmax(-1)
         columns.append(first_BV[:, ids[0]] + later_BTV[:, torch.arange(len(ids) - 1, device=ids.device), ids[1:]].sum(1))
     return torch.stack(columns, 1)

@@ -17,9 +17,12 @@ def model_of(config, **xattn):
     return shake(AudioFlamingo(dataclasses.replace(config, xattn=dataclasses.replace(config.xattn, **xattn))), scale=0.2)
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["paper", "audio_index"])
+@pytest.fixture(scope="module", params=["paper", "audio_index", "tiny"])
 def model(request, micro_config):
-    return model_of(micro_config, audio_index=request.param)
+    if request.param == "tiny":                    # all that `tiny` has beside the paper's
+        lm = dataclasses.replace(micro_config.lm, positions="rope", conv=3)
+        return model_of(dataclasses.replace(micro_config, lm=lm), audio_index=True, null_key=True)
+    return model_of(micro_config, audio_index=request.param == "audio_index")
 
 
 def some_text(model, audios, seed=0, words=4):

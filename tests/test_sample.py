@@ -25,8 +25,8 @@ NAMES = ["bell", "dog", "horn"]
 
 @pytest.fixture(scope="module")
 def config(micro_config):
-    """With a head of its own: random tied weights would say one token for ever."""
-    return dataclasses.replace(micro_config, lm=dataclasses.replace(micro_config.lm, tied_head=False))
+    """With a head of its own: random tied weights would say one token for ever. And with the convolution of `tiny`, a second cache."""
+    return dataclasses.replace(micro_config, lm=dataclasses.replace(micro_config.lm, tied_head=False, conv=3))
 
 
 @pytest.fixture(scope="module")
