@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import io
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,17 +60,21 @@ class Tokenizer:
 
     @classmethod
     def train(cls, lines: Iterable[str], vocab_size: int) -> "Tokenizer":
-        """A BPE tokenizer of `vocab_size` ids, special ones included. Every byte has a piece: no text is unknown.
+        """A BPE tokenizer of `vocab_size` ids, special ones included. Every byte has a piece: no text is unknown, and
+        characters too rare for half of the other ids are spelt in bytes.
 
         The phrases of the templates are one token each: a short sequence is a fast one.
         """
         phrases = ["\n", ANSWER, "\n" + USER, USER, ASSISTANT, " " + SHOTS_PREFIX, *(f" {p}" for p in PREFIXES.values()),
                    *(p for p in PREFIXES.values())]
-        out = io.BytesIO()
+        symbols, lines, out = sorted({p.replace(" ", "\u2581") for p in phrases}), [spaced(line) for line in lines], io.BytesIO()
+        room = max(1, (vocab_size - 6 - 256 - len(symbols)) // 2)
+        if rare := Counter("".join(lines)).most_common()[room:]:
+            lines = [part for line in lines for part in re.split(f"[{re.escape(''.join(c for c, _ in rare))}]", line)]
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=map(spaced, lines), model_writer=out, vocab_size=vocab_size - 6, model_type="bpe", byte_fallback=True,
+            sentence_iterator=iter(lines), model_writer=out, vocab_size=vocab_size - 6, model_type="bpe", byte_fallback=True,
             normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=False,
-            user_defined_symbols=sorted({p.replace(" ", "\u2581") for p in phrases}), bos_id=-1, eos_id=-1, pad_id=-1,
+            user_defined_symbols=symbols, bos_id=-1, eos_id=-1, pad_id=-1,
             hard_vocab_limit=False, num_threads=1, split_digits=True, minloglevel=2)
         return cls(out.getvalue())
 

@@ -198,6 +198,15 @@ def test_any_text_comes_back(tokenizer):
         assert tokenizer.decode(tokenizer.encode(given)) == given.removeprefix(" "), repr(given)
 
 
+def test_a_writing_with_more_characters_than_ids_is_learned_too():
+    """Frequent ones get a piece of their own, rare ones are spelt in bytes."""
+    draws = random.Random(0)
+    lines = ["的" + "".join(chr(draws.randrange(0x4E00, 0x5A00)) for _ in range(20)) for _ in range(500)]
+    tokenizer = Tokenizer.train(lines, 400)
+    assert tokenizer.vocab_size <= 400 and len(tokenizer.encode("的的")) < 6
+    assert all(tokenizer.decode(tokenizer.encode(line)) == line for line in lines)
+
+
 def test_the_same_lines_make_the_same_tokenizer(tokenizer, tmp_path):
     from conftest import LINES
     assert Tokenizer.train(LINES, 400).model == tokenizer.model
