@@ -31,6 +31,7 @@ from .config import AudioConfig
 EXTENSIONS = (".wav", ".flac", ".ogg", ".oga", ".mp3")
 MIN_SECONDS = 0.1          # shorter recordings hold nothing that a window could show
 SILENT_PEAK = 2.0 ** -16   # of full scale: half a step of a 16-bit file
+UNKNOWN_FRAMES = 2 ** 63 - 1     # what libsndfile says of a flac whose header names no length
 POWER_FLOOR = 1e-10        # -100 dB
 NOT_UTF8 = re.compile("[\udc80-\udcff]")     # how Python spells such bytes in the name of a file
 
@@ -97,7 +98,7 @@ def inspect(path) -> float:
 
 
 def _open(path) -> soundfile.SoundFile:
-    if not Path(path).is_file():
+    if not os.path.isfile(path):                                # False too where a name is too long to be one
         raise AudioError(path, "missing", "there is no such file")
     if Path(path).stat().st_size == 0:
         raise AudioError(path, "empty", "the file has 0 bytes")
@@ -110,6 +111,8 @@ def _open(path) -> soundfile.SoundFile:
             raise TypeError("no header")
     except (soundfile.SoundFileError, TypeError, OSError) as error:      # TypeError: a headerless format by its name
         raise AudioError(path, "unreadable", f"not an audio file that libsndfile knows ({error})") from None
+    if file.frames == UNKNOWN_FRAMES:
+        raise AudioError(path, "unreadable", "its header does not say how long it is, as a program writes it into a pipe; make the file again")
     if file.frames == 0:
         _check_truncation(path, file)
         raise AudioError(path, "empty", "it holds no samples")

@@ -185,6 +185,7 @@ def test_what_is_no_audio_is_refused(tmp_path, content, extension):
 def test_missing_empty_and_folder(tmp_path):
     refused(tmp_path / "no.wav", "missing")
     refused(tmp_path, "missing")
+    refused(tmp_path / ("x" * 300), "missing")                     # longer than any name may be
     (tmp_path / "x.wav").touch()
     refused(tmp_path / "x.wav", "empty")
     soundfile.write(tmp_path / "y.wav", np.zeros(0), 16_000)
@@ -225,6 +226,19 @@ def test_a_wav_from_a_pipe_is_not_truncated(tmp_path):
     content[4:8] = content[40:44] = b"\xff" * 4
     path.write_bytes(content)
     assert inspect(path) == 0.5
+
+
+def test_a_flac_from_a_pipe_does_not_say_how_long_it_is(tmp_path):
+    """Its number of samples, 36 bits of which the first 4 share a byte with the depth, is 0; libsndfile gives 2^63 - 1 in its place."""
+    path = tmp_path / "x.flac"
+    soundfile.write(path, tone(500, 16_000, 7), 16_000)
+    content = bytearray(path.read_bytes())
+    content[21] &= 0xF0
+    content[22:26] = bytes(4)
+    path.write_bytes(content)
+    refused(path, "unreadable")
+    with pytest.raises(AudioError, match="does not say how long"):
+        load(path, 16_000, max_seconds=5)
 
 
 def test_damaged_files_never_end_in_anything_but_an_audio_error(tmp_path):
