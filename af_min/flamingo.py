@@ -26,6 +26,7 @@ from .representation import Representation, packed
 from .xattn import GatedCrossAttention, audio_number, keys_values_at_once, visible_windows
 
 IGNORE = -100  # label of a position that is not supervised
+LEAST = 1e-30  # temperature and top-p below it draw as it does, temperatures above 1 / LEAST as that: float32 would make 0 or inf of them
 
 
 @dataclass
@@ -202,10 +203,11 @@ def draw(logits_BV: torch.Tensor, sampling: Sampling, random: torch.Generator) -
     """Next token of every row, (B,): greedy, or from the softmax at `temperature` cut to top-k, then to the nucleus top-p."""
     if sampling.temperature == 0:
         return logits_BV.argmax(-1)
-    sorted_BV, order_BV = (logits_BV.cpu() / sampling.temperature).sort(-1, descending=True)
+    temperature = min(max(sampling.temperature, LEAST), 1 / LEAST)
+    sorted_BV, order_BV = (logits_BV.cpu() / temperature).sort(-1, descending=True)
     if sampling.top_k:
         sorted_BV[:, sampling.top_k:] = float("-inf")
     probability_BV = sorted_BV.softmax(-1)
     before = probability_BV.cumsum(-1) - probability_BV             # mass of what is likelier: the first is always kept
-    probability_BV[before >= sampling.top_p] = 0.0
+    probability_BV[before >= max(sampling.top_p, LEAST)] = 0.0
     return order_BV.gather(1, torch.multinomial(probability_BV, 1, generator=random))[:, 0].to(logits_BV.device)
