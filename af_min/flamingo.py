@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .clap import WindowEncoder
+from .cli import UserError
 from .config import Config
 from .decoding import reader
 from .lm import LM, KVCache
@@ -108,8 +109,11 @@ class AudioFlamingo(nn.Module):
         """Window embeddings of all audios of the batch -> keys and values for every cross-attention block.
 
         windows_AWD: (A, W, D), the audios of sample 0, then of sample 1, ..., padded to W windows.
-        n_windows_BN: (B, N) windows of each audio, 0 where a sample has fewer than N audios.
+        n_windows_BN: (B, N) windows of each audio, 0 where a sample has fewer than N audios. UserError for more than the model takes.
         """
+        most, given = self.config.representation.max_audios, n_windows_BN.shape[1]
+        if given > most:
+            raise UserError(f"a sample with {given} audios, its shots included: this model takes {most} at most; give fewer --shots")
         windows_AWD = windows_AWD.to(self.lm.embed.weight.dtype)
         if self.config.pool_windows and len(windows_AWD):
             real = torch.arange(windows_AWD.shape[1], device=windows_AWD.device) < n_windows_BN[n_windows_BN > 0][:, None]

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from af_min.cli import UserError
 from af_min.config import RepresentationConfig
 from af_min.flamingo import AudioFlamingo
 from af_min.representation import Representation, packed, sinusoid_table
@@ -149,6 +150,13 @@ def test_attend_padding_is_one_sequence_of_all_slots_filled_with_silence(micro_c
             assert np.abs(got[audio].numpy() - expected[first:first + counts[slot]]).max() < 1e-5
         a += len(own)
     assert a == 6
+
+
+@pytest.mark.parametrize("attend_padding", [False, True])
+def test_more_audios_than_the_model_takes_are_refused(micro_config, attend_padding):
+    """They would stand in the slots of the next sample, or behind the position table."""
+    with pytest.raises(UserError, match="a sample with 4 audios, its shots included: this model takes 3 at most"):
+        flamingo(micro_config, attend_padding, False).listen(windows(5, 2, WIDTH), torch.tensor([[2, 2, 2, 2], [1, 0, 0, 0]]))
 
 
 def test_a_new_model_hears_what_its_encoder_heard():
