@@ -103,6 +103,8 @@ class Tokenizer:
 
 
 def spaced(text: str) -> str:
+    """With a space before a word, and a question mark for half a character: bytes of a terminal that are not UTF-8, a torn emoji."""
+    text = text.encode("utf-8", "replace").decode()
     return " " + text if text[:1].isalnum() else text
 
 

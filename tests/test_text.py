@@ -198,6 +198,12 @@ def test_any_text_comes_back(tokenizer):
         assert tokenizer.decode(tokenizer.encode(given)) == given.removeprefix(" "), repr(given)
 
 
+def test_half_a_character_is_a_question_mark(tokenizer):
+    """As for published vocabularies: a terminal's bytes that are no UTF-8, a torn emoji in JSON. Also in what a tokenizer learns from."""
+    for one in (tokenizer, Tokenizer.train(["bell \udcff"] * 9, 400)):
+        assert one.decode(one.encode("bell \udcff \ud83d")) == "bell ? ?"
+
+
 def test_a_writing_with_more_characters_than_ids_is_learned_too():
     """Frequent ones get a piece of their own, rare ones are spelt in bytes."""
     draws = random.Random(0)
