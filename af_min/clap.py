@@ -5,7 +5,7 @@ audio tower alone, frozen. It is HTSAT (arXiv 2202.00874): a Swin transformer (a
 which is first folded into a square, because a Swin wants one: r pieces of time, stacked along frequency.
 
     x = BatchNorm(log-mel), stretched in time to r * image_size frames            (frames, M) -> (r image_size, M)
-    image[r M + m, t] = x[r image_size + t, m],   r = image_size / M              4 x 4 pixels make a token
+    image[i M + m, t] = x[i image_size + t, m],   i < r = image_size / M          4 x 4 pixels make a token
     stages of blocks   x += Attention(LN(x)),  x += MLP(LN(x))                    inside windows of w x w tokens
     between stages     2 x 2 tokens merge into one of twice the width
     latent = mean over tokens of LN(x)
