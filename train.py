@@ -74,6 +74,7 @@ def make_tokenizer(folders, vocab_size: int) -> text.Tokenizer:
             turns = row.get("turns", []) if row.get("audio") else []
             parts = [row, *row.get("shots", [])[:1], *turns]     # few made-up words, or they would fill the vocabulary
             lines += [part[k].lower() for part in parts for k in ("prompt", "answer", "description", "user", "assistant") if k in part]
+            lines += [answer.lower() for answer in row.get("answers", [])]
     return text.Tokenizer.train(lines, vocab_size)
 
 

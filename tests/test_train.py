@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import micro
-from af_min import checkpoint, config, data, engine, stages
+from af_min import checkpoint, config, data, engine, manifest, stages
 from af_min.config import StageConfig
 from af_min.stages import Step
 from kernels import linear
@@ -369,3 +369,8 @@ def test_padding_is_under_a_tenth_of_the_mixed_data(scenes_data, stage):
     parts = [[len(samples[i].ids) for _, i in part] for step in range(64) for part in mixture.batch(step)]
     assert len(set(tasks)) > 5 and max(map(max, parts)) > 5 * min(map(min, parts))
     assert sum(map(sum, parts)) > 0.9 * sum(len(part) * max(part) for part in parts)
+
+
+def test_the_tokenizer_has_read_every_reference(tmp_path):
+    manifest.write_rows(tmp_path / "train.jsonl", [{"audio": "x.wav", "task": "AudioCaptioning", "prompt": "?", "answers": ["no", "Zebra"]}] * 20)
+    assert len(micro.train_module().make_tokenizer([(tmp_path, 1.0)], 400).encode("zebra")) < 3
