@@ -201,8 +201,10 @@ def main(argv: list[str] | None = None) -> None:
     if args.slots < 1:
         raise UserError(f"--slots {args.slots}: a text needs room for at least one audio")
     out, kind = Path(args.out), args.dtype or ("bfloat16" if args.audio_flamingo else "float32")
-    if out.exists() and (not out.is_dir() or out.samefile(args.lm)):
-        raise UserError(f"--out {out}: this is {'the folder of the language model' if out.is_dir() else 'a file'}; name a new folder")
+    for what, found in (("a file", out.exists() and not out.is_dir()), ("a run that has been trained", (out / "log.jsonl").exists()),
+                        ("the folder of the language model", out.resolve() == Path(args.lm).resolve())):
+        if found:
+            raise UserError(f"--out {out}: this is {what}; name a new folder")
     dtype = getattr(torch, kind)
     if args.audio_flamingo:
         made = released_model(args.audio_flamingo, args.clap, args.lm, dtype, args.slots)

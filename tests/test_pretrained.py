@@ -274,6 +274,9 @@ def test_the_two_commands_of_a_user_with_published_files(files, tmp_path, monkey
 
 def test_the_command_and_its_mistakes(files, tmp_path):
     foundation, clap, lm = files
+    trained = lm.with_name("trained")
+    trained.mkdir()
+    (trained / "log.jsonl").touch()
     for arguments, message in (
             ((), "--lm is missing"),
             (("--audio-flamingo", foundation, "--lm", lm), "--clap is missing"),
@@ -282,6 +285,8 @@ def test_the_command_and_its_mistakes(files, tmp_path):
             (("--audio-flamingo", clap, "--clap", clap, "--lm", lm), "clap.pth: expected a released Audio Flamingo checkpoint"),
             (("--audio-flamingo", foundation, "--clap", clap, "--lm", tmp_path), "no tokenizer: found nothing; expected tokenizer.json"),
             (("--clap", clap, "--lm", tmp_path / "none"), "none: no such folder"),
+            (("--clap", clap, "--lm", tmp_path / "none", "--out", tmp_path), "none: no such folder"),
+            (("--clap", clap, "--lm", lm, "--out", trained), "--out .*trained: this is a run that has been trained"),
             (("--clap", lm, "--lm", lm, "--audio-flamingo", foundation), "opt: a folder; expected a file of weights"),
             (("--clap", clap, "--lm", lm, "--out", lm), "--out .*opt: this is the folder of the language model"),
             (("--clap", clap, "--lm", lm, "--out", clap), "--out .*clap.pth: this is a file"),
