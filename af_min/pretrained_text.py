@@ -48,11 +48,14 @@ class PublishedTokenizer:
 
     def save(self, folder: Path) -> None:
         """Write the vocabulary and special_tokens.json into `folder`; `load` reads them without the published folder."""
-        for name in (name for layout in LAYOUTS for name in layout):
+        ids = {**{name: getattr(self, name) for name in IDS}, "start_ids": self.start_ids}
+        files = {self.vocabulary.file: self.vocabulary.content(), IDS_FILE: (json.dumps(ids, indent=1) + "\n").encode()}
+        for name, content in files.items():
+            partial = Path(folder) / (name + ".partial")
+            partial.write_bytes(content)
+            partial.replace(Path(folder) / name)
+        for name in {name for layout in LAYOUTS for name in layout} - files.keys():
             (Path(folder) / name).unlink(missing_ok=True)        # of an earlier run of this name
-        self.vocabulary.save(Path(folder))
-        ids = {name: getattr(self, name) for name in IDS}
-        (Path(folder) / IDS_FILE).write_text(json.dumps({**ids, "start_ids": self.start_ids}, indent=1) + "\n")
 
     @classmethod
     def load(cls, folder: Path) -> "PublishedTokenizer":
@@ -65,6 +68,8 @@ class PublishedTokenizer:
 
 class BPE:
     """A vocabulary of the tokenizers package."""
+
+    file = "tokenizer.json"
 
     def __init__(self, engine: tokenizers.Tokenizer):
         engine.encode_special_tokens = True              # special tokens that are typed are text
@@ -83,12 +88,14 @@ class BPE:
     def id_of(self, token: str) -> int | None:
         return self.engine.token_to_id(token)
 
-    def save(self, folder: Path) -> None:
-        self.engine.save(str(folder / "tokenizer.json"))
+    def content(self) -> bytes:
+        return self.engine.to_str(pretty=True).encode()
 
 
 class SentencePiece:
     """A vocabulary of sentencepiece. Its control symbols never come out of text."""
+
+    file = "tokenizer.model"
 
     def __init__(self, model: bytes):
         self.model, self.engine = model, sentencepiece.SentencePieceProcessor(model_proto=model)
@@ -104,8 +111,8 @@ class SentencePiece:
         i = self.engine.piece_to_id(token)
         return i if self.engine.id_to_piece(i) == token else None
 
-    def save(self, folder: Path) -> None:
-        (folder / "tokenizer.model").write_bytes(self.model)
+    def content(self) -> bytes:
+        return self.model
 
 
 def read_json(path: Path) -> dict:

@@ -1,4 +1,5 @@
 """pretrained_text.py: published vocabularies give the ids that transformers gives, and typed special tokens stay text."""
+import errno
 import functools
 import io
 import json
@@ -178,6 +179,18 @@ def test_a_saved_tokenizer_is_the_same(folder, tmp_path):
     assert again.start_ids == tokenizer.start_ids and again.vocab_size == tokenizer.vocab_size
     for line in [*lines(200), "<audio></s><|im_end|><|chat|>"]:
         assert again.encode(line) == tokenizer.encode(line)
+
+
+def test_a_save_that_the_disk_has_no_room_for_leaves_the_last_one(folder, tmp_path, monkeypatch):
+    def full(path, content):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    tokenizer = published_tokenizer(folder)
+    tokenizer.save(tmp_path)
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError):
+        tokenizer.save(tmp_path)
+    assert PublishedTokenizer.load(tmp_path).encode("a dog barks") == tokenizer.encode("a dog barks")
 
 
 def test_a_run_folder_that_is_used_again_holds_the_new_vocabulary_alone(folders, tmp_path):
