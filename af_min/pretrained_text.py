@@ -172,12 +172,13 @@ def published_tokenizer(folder: Path) -> PublishedTokenizer:
     def id_of(role: str) -> int | None:
         found = vocabulary.id_of(names[role]) if names[role] else None
         value = config.get(f"{role}_token_id") if found is None else found
-        return value[0] if isinstance(value, list) else value
+        value = value[0] if isinstance(value, list) and value else value
+        return value if isinstance(value, int) and 0 <= value < vocabulary.size else None    # -1, or a token that only the model has
 
     eos = id_of("eos")
     if eos is None:
         raise UserError(f"{folder}: no end-of-text token: neither tokenizer_config.json (eos_token) nor config.json "
-                        "(eos_token_id) names one")
+                        "(eos_token_id) names one that the vocabulary has")
     ids = {"eos_id": eos, "bos_id": eos if id_of("bos") is None else id_of("bos"),
            "pad_id": eos if id_of("pad") is None else id_of("pad")}
     following = vocabulary.size

@@ -171,6 +171,19 @@ def test_special_tokens_have_the_released_ids(folders):
         assert (t.pad_id, t.bos_id, t.eos_id, t.start_ids) == (pad, bos, eos, start)
 
 
+@pytest.mark.parametrize("pad", [-1, 1000, []])
+def test_an_id_that_the_vocabulary_does_not_have_names_no_token(tmp_path, pad):
+    """Llama folders say -1, or name a token that was added to the model alone; there <audio> would be padding too."""
+    write_llama(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**values, "pad_token_id": pad}))
+    t = published_tokenizer(tmp_path)
+    assert (t.pad_id, t.eos_id, t.audio_id) == (2, 2, 1000)
+    (tmp_path / "config.json").write_text(json.dumps({**values, "eos_token_id": pad}))
+    with pytest.raises(UserError, match="no end-of-text token"):
+        published_tokenizer(tmp_path)
+
+
 def test_a_saved_tokenizer_is_the_same(folder, tmp_path):
     tokenizer = published_tokenizer(folder)
     tokenizer.save(tmp_path)
