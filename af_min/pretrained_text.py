@@ -98,6 +98,8 @@ class SentencePiece:
     file = "tokenizer.model"
 
     def __init__(self, model: bytes):
+        if not model:
+            raise ValueError("the file is empty")
         self.model, self.engine = model, sentencepiece.SentencePieceProcessor(model_proto=model)
         self.size = self.engine.vocab_size()
 

@@ -233,9 +233,10 @@ def test_bad_folders_are_named(tmp_path, folders):
     with pytest.raises(UserError, match="tokenizer.json: not a usable vocabulary"):
         published_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").unlink()
-    (tmp_path / "tokenizer.model").write_bytes(b"nothing")
-    with pytest.raises(UserError, match="tokenizer.model: not a usable vocabulary"):
-        published_tokenizer(tmp_path)
+    for content in (b"nothing", b""):
+        (tmp_path / "tokenizer.model").write_bytes(content)
+        with pytest.raises(UserError, match="tokenizer.model: not a usable vocabulary"):
+            published_tokenizer(tmp_path)
     (tmp_path / "tokenizer.model").unlink()
     for name in ("vocab.json", "merges.txt"):
         (tmp_path / name).write_bytes((folders["opt"] / name).read_bytes())
