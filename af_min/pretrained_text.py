@@ -151,7 +151,8 @@ def open_vocabulary(folder: Path, special: list[str]) -> BPE | SentencePiece:
         raise
     except Exception as error:  # both packages raise bare exceptions
         raise UserError(f"{path}: not a usable vocabulary ({str(error).strip()[:150]})") from None
-    engine.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    spaced = bool(read_json(folder / "tokenizer_config.json").get("add_prefix_space"))
+    engine.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=spaced)
     engine.decoder = tokenizers.decoders.ByteLevel()
     return BPE(engine)
 

@@ -134,6 +134,20 @@ def test_ids_are_those_of_transformers(folder):
         assert ours.encode(line) == theirs(line), repr(line)
 
 
+def test_a_space_that_a_vocabulary_puts_before_text_is_put_there(tmp_path):
+    """add_prefix_space, false in the published OPT folders."""
+    folder = tmp_path / "opt"
+    folder.mkdir()
+    write_opt(folder)
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "add_prefix_space": True}))
+    theirs, ours = transformers_encode(folder), published_tokenizer(folder)
+    ours.save(folder)
+    again = PublishedTokenizer.load(folder)
+    for line in lines(500):
+        assert ours.encode(line) == theirs(line) == again.encode(line), repr(line)
+
+
 def test_ids_are_the_stored_ones_of_transformers(folder):
     ours = published_tokenizer(folder)
     other = np.flatnonzero(checksums(ours.encode, folder) != np.load(STORED)[folder.name])
