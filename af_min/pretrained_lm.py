@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .cli import UserError
 from .config import LMConfig
-from .lm import LM
+from .lm import LM, check
 from .pretrained_files import Entry, expand, open_file, read_table, shapes_of
 from .pretrained_text import read_json
 
@@ -140,6 +140,10 @@ def lm_config(values: dict, where: str) -> LMConfig:
         value = getattr(config, name)
         if not isinstance(value, int) or value < 1:
             raise UserError(f"{where}: {name} is {value!r}, expected a positive whole number")
+    try:
+        check(config)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from None
     return config
 
 
@@ -169,5 +173,5 @@ def llama_config(values: dict, where: str) -> LMConfig:
                     inner=values["intermediate_size"], max_positions=values["max_position_embeddings"],
                     positions="rope", rope_theta=float(rope.get("rope_theta") or values.get("rope_theta") or 10_000.0),
                     rope_scaling=scaling,
-                    norm="rms", norm_eps=values["rms_norm_eps"], mlp="swiglu", qkv_bias=True if qwen else qkv_bias,
+                    norm="rms", norm_eps=float(values["rms_norm_eps"]), mlp="swiglu", qkv_bias=True if qwen else qkv_bias,
                     bias=False if qwen else mlp_bias, tied_head=values.get("tie_word_embeddings", False))

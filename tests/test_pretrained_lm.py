@@ -128,6 +128,8 @@ def test_parameters_on_meta_keeps_buffers():
     ({"attention_bias": True}, "attention_bias is True and mlp_bias is False; supported is both or neither"),
     ({"vocab_size": None}, "vocab_size is None, expected a positive whole number"),
     ({"num_attention_heads": 0}, "config.json: a setting has an unusable value"),
+    ({"rms_norm_eps": None}, "config.json: a setting has an unusable value"),
+    ({"num_key_value_heads": 3}, "config.json: lm.heads = 4 is not a multiple of lm.kv_heads = 3"),
 ])
 def test_settings_that_are_not_supported_are_named(llama, change, message):
     folder, state, _ = llama
