@@ -196,8 +196,9 @@ def main(argv: list[str] | None = None) -> None:
     args, began = cli.parse(Arguments, argv, description=__doc__), time.time()
     if not args.lm:
         raise UserError("--lm is missing: the folder of the language model (config.json and its vocabulary)")
-    if args.audio_flamingo and not args.clap:
-        raise UserError("--clap is missing: the released checkpoints do not hold their window encoder, clapcap_weights_2023.pth")
+    if not args.clap:
+        raise UserError("--clap is missing: the window encoder, clapcap_weights_2023.pth, which no other file holds; "
+                        "train.py --lm DIR makes a new model that trains its own")
     if args.slots < 1:
         raise UserError(f"--slots {args.slots}: a text needs room for at least one audio")
     out, kind = Path(args.out), args.dtype or ("bfloat16" if args.audio_flamingo else "float32")
@@ -209,7 +210,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.audio_flamingo:
         made = released_model(args.audio_flamingo, args.clap, args.lm, dtype, args.slots)
     else:
-        made = new_model(args.clap or None, args.lm, dtype, args.slots, args.seed)
+        made = new_model(args.clap, args.lm, dtype, args.slots, args.seed)
     config, tokenizer, state = made
     write_run(out, config, tokenizer, state, {name: getattr(args, name) for name in ("audio_flamingo", "clap", "lm")})
     count, size = (sum(f(t) for t in state.values()) for f in (torch.Tensor.numel, lambda t: t.nbytes))

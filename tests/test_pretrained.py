@@ -280,6 +280,7 @@ def test_the_command_and_its_mistakes(files, tmp_path):
     for arguments, message in (
             ((), "--lm is missing"),
             (("--audio-flamingo", foundation, "--lm", lm), "--clap is missing"),
+            (("--lm", lm), "--clap is missing: .* train.py --lm DIR makes a new model that trains its own"),
             (("--audio-flamingo", foundation, "--clap", clap, "--lm", lm, "--slots", "0"), "--slots 0"),
             (("--audio-flamingo", tmp_path / "no.pt", "--clap", clap, "--lm", lm), "no.pt: no such file"),
             (("--audio-flamingo", clap, "--clap", clap, "--lm", lm), "clap.pth: expected a released Audio Flamingo checkpoint"),
