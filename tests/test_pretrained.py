@@ -178,10 +178,14 @@ def test_the_head_is_the_files_own_and_duplicates_are_not_needed(model, tmp_path
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
 def test_target_dtypes(expected, dtype, monkeypatch):
     """Weights in half precision, read so and never widened; logits stay near."""
-    model = golden_model(dtype=dtype)
+    model, mask = golden_model(dtype=dtype), expected["attention_mask"].bool()
     assert {p.dtype for name, p in model.named_parameters() if not name.startswith("encoder.")} == {dtype}
+    monkeypatch.setitem(expected, "window_embeddings", expected["window_embeddings"].to(dtype))
+    logits = model.lm.logits(model.hidden(expected["input_ids"], listen(model, expected, monkeypatch), mask))
+    assert (logits - expected["logits"])[mask].abs().max() < 0.1 * expected["logits"][mask].std()
 
 
 def test_missing_unexpected_and_misshapen_tensors_are_named(tmp_path):
