@@ -153,6 +153,9 @@ def new_model(clap: Path | None, lm: Path, dtype: torch.dtype = torch.float32, s
     """An untrained Audio Flamingo on a published language model and, unless `clap` is None, a published encoder."""
     tokenizer = published_tokenizer(lm)
     lm_settings, weights = lm_state(lm, dtype)
+    if tokenizer.vocabulary.text_size > lm_settings.vocab_size:
+        raise UserError(f"{lm}: its vocabulary has {tokenizer.vocabulary.text_size} tokens, its weights have {lm_settings.vocab_size}; "
+                        "expected the vocabulary that the model was trained with")
     rows = max(tokenizer.vocab_size, lm_settings.vocab_size)
     add_tokens(weights, tokenizer, rows, seed)
     config = dataclasses.replace(base, audio_id=tokenizer.audio_id, lm=dataclasses.replace(lm_settings, vocab_size=rows),

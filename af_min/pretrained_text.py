@@ -76,7 +76,7 @@ class BPE:
         engine.no_truncation()
         engine.no_padding()
         self.engine = engine
-        self.size = 1 + max(engine.get_vocab(with_added_tokens=True).values())
+        self.size, self.text_size = (1 + max(engine.get_vocab(with_added_tokens=added).values()) for added in (True, False))
 
     def encode(self, text: str) -> list[int]:
         # A lone surrogate, as errors="surrogateescape" leaves it, is no character: it becomes a question mark.
@@ -101,7 +101,7 @@ class SentencePiece:
         if not model:
             raise ValueError("the file is empty")
         self.model, self.engine = model, sentencepiece.SentencePieceProcessor(model_proto=model)
-        self.size = self.engine.vocab_size()
+        self.size = self.text_size = self.engine.vocab_size()
 
     def encode(self, text: str) -> list[int]:
         return self.engine.encode(text.encode("utf-8", "replace").decode())

@@ -244,6 +244,10 @@ def test_a_new_model_starts_from_published_parts(files, tmp_path):
     distance = torch.cdist(state["lm.embed.weight"][297:], state["lm.embed.weight"])
     assert (distance[:, 297:] + 9 * torch.eye(3)).min() > 0.3 and distance[1, :298].argmin() == tokenizer.eos_id
     model = build(config, state)
+    released_format.write_opt_folder(folder, dataclasses.replace(SMALL, lm=dataclasses.replace(SMALL.lm, vocab_size=301)))
+    (folder / "config.json").write_text((folder / "config.json").read_text().replace('"vocab_size": 298', '"vocab_size": 297'))
+    with pytest.raises(UserError, match="opt: its vocabulary has 298 tokens, its weights have 297; expected the vocabulary that"):
+        pretrained.new_model(files[1], folder, base=zero)
     ids = torch.tensor([[2, 297, 40, 41, 42]])
     with torch.no_grad():
         heard = model.listen(model.encode(torch.rand(2, SMALL.audio.window_samples))[None], torch.tensor([[2]]))
