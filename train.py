@@ -117,7 +117,8 @@ def parse_arguments() -> Args:
     if args.resume or again and saved == asdict(args):
         args = with_defaults(cli.parse(Args, description=__doc__, saved={**saved, "resume": True}))
     cli.at_least(args, seed=0, steps=0, lr=0, batch=0, batch_tokens=0, accumulate=1, checkpoint_every=1)
-    if args.shard and int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if args.shard and processes == 1:
         raise UserError("--shard spreads the model over processes: start them with torchrun --nproc_per_node N train.py --shard")
     for flag_name in ("init", "encoder"):
         folder = getattr(args, flag_name)
@@ -129,6 +130,8 @@ def parse_arguments() -> Args:
         raise UserError("--lm makes a new model and --init goes on with one: use one of the two")
     if args.clap and args.encoder:
         raise UserError("--clap and --encoder both name the window encoder: use one of the two")
+    if "clap" in stages_of(args) and (batch := stage_settings(args, "clap").batch) % (4 * processes):
+        raise UserError(f"--batch {batch}: the clap stage needs a multiple of 4 windows a process ({processes} processes)")
     if args.lm and args.stage in ("pretrain", "sft") and not (args.clap or args.encoder):
         raise UserError(f"--lm {args.lm} --stage {args.stage}: name a trained window encoder, --clap FILE or --encoder RUN; "
                         "without --stage one is trained first")
@@ -227,6 +230,19 @@ def where_to_go_on(args: Args, run: Path) -> tuple[Path, dict]:
     return found, state
 
 
+def check_rows(folders, stages: tuple[str, ...]) -> None:
+    """Rows that a stage would miss are told before an earlier run of this name is removed. What sft learns from, lm and pretrain can."""
+    for stage in dict.fromkeys((stages[0], stages[-1])):
+        rows = {folder: data.rows_of(folder, "train", stage) for folder, _ in folders}
+        if not any(rows.values()):
+            raise UserError(f"--stage {stage}: no row of its kind in {', '.join(map(str, rows))}; your own recordings teach a trained model: "
+                            "--stage sft --init RUN")
+        for folder in rows:
+            for file in dict.fromkeys(file for file, _ in data.recordings(rows[folder])):
+                if not (folder / file).exists():
+                    raise UserError(f"{folder / file}: is not there; the manifest names it, so prepare the data set again")
+
+
 def start_from(args: Args, folders, run: Path, world: World):
     """-> tokenizer, configuration, weights (None: random, or in the checkpoint), of the interrupted run, --init, --lm, or new ones."""
     weights, home = None, run if args.resume else Path(args.init) if args.init else None
@@ -245,6 +261,8 @@ def start_from(args: Args, folders, run: Path, world: World):
         if not home and args.stage in ("pretrain", "sft") and not args.lm:
             print(f"warning: --stage {args.stage} without --init, and {run} holds no model: it begins with an encoder and a language "
                   "model that have learned nothing; without --stage they are trained first", file=sys.stderr)
+        if (run / "config.json").exists():
+            check_rows(folders, stages_of(args))
         with checkpoint.writing(run):
             run.mkdir(parents=True, exist_ok=True)
             checkpoint.forget(run, but_weights=bool(home) and home.resolve() == run.resolve())

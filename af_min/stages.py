@@ -85,8 +85,6 @@ class ClapStage:
         rows = [{**row, "audio": str(folder / row["audio"])} for folder, _ in folders
                 for row in data.rows_of(folder, "train", "clap")]
         self.captions = data.WindowCaptions(rows, c.batch, args.seed)
-        if c.batch % (4 * world.size):
-            raise UserError(f"--batch {c.batch}: the clap stage needs a multiple of 4 windows a process ({world.size} processes)")
         self.waves = {path: (audio.load(path, self.config.sample_rate).samples * 32767).astype(np.int16)
                       for path in tqdm(sorted({r["audio"] for r in rows}), "reading recordings", disable=world.rank > 0)}
         everything.model.encoder.train()

@@ -1,5 +1,6 @@
 """train.py, prepare_data.py, checkpoint.py: a user's mistake, or a damaged file, is told in one line."""
 import json
+import shutil
 
 import pytest
 from safetensors.torch import save_file
@@ -63,6 +64,16 @@ def test_mistakes_at_train_py(tmp_path, capsys, flags, says):
     assert says in mistake(capsys, TRAIN, tmp_path, "--preset", "micro", "--no-evaluate", *flags)
 
 
+@pytest.mark.parametrize("flags, says", [
+    (["--data", "x"], "--stage clap: no row of its kind in x"), (["--data", "x", "--stage", "sft"], "x/audio/a.wav: is not there"),
+    (["--batch", 6], "--batch 6: the clap stage needs a multiple of 4")])
+def test_a_mistake_costs_no_model_of_that_name(trained, scenes_data, tmp_path, capsys, flags, says):
+    a_data_set(tmp_path / "x", [ROW] * 3)
+    shutil.copytree(trained[0], tmp_path / "runs" / "run")
+    assert says in mistake(capsys, TRAIN, tmp_path, "--preset", "micro", "--name", "run", "--data", scenes_data, *flags)
+    assert weights(tmp_path / "runs" / "run" / "model.safetensors") and (tmp_path / "runs" / "run" / "checkpoint").exists()
+
+
 def test_resuming_with_another_stage_is_a_mistake_that_is_explained(trained, scenes_data, capsys):
     said = mistake(capsys, TRAIN, trained[0].parents[1], "--preset", "micro", "--data", scenes_data, "--name", "whole", "--resume", "--stage", "lm")
     assert "sft" in said and "--stage" in said
@@ -107,7 +118,6 @@ def test_the_real_command_line_answers_a_mistake_with_one_line(tmp_path):
 @pytest.fixture
 def run(trained, tmp_path):
     """A run folder of one's own, to be damaged."""
-    import shutil
     shutil.copytree(trained[0], tmp_path / "run")
     return tmp_path / "run"
 
