@@ -15,6 +15,7 @@ Stages (paper section 4), each on what the one before it left:
 """
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import sys
@@ -150,7 +151,19 @@ def main() -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False    # nothing reads it, and filling it takes 8 % of the time
     prepare(args, world)
-    folders, run, stages = data.parse_data(args.data), Path("runs") / args.name, stages_of(args)
+    folders, run = data.parse_data(args.data), Path("runs") / args.name
+    with contextlib.ExitStack() as held:
+        if world.rank == 0 and not args.resume:
+            with checkpoint.writing(run):
+                run.mkdir(parents=True, exist_ok=True)
+        if world.rank == 0 and run.exists():
+            held.enter_context(cli.alone(run))
+        train(args, world, folders, run)
+
+
+def train(args: Args, world: World, folders, run: Path) -> None:
+    """All stages, the run folder, its scores."""
+    stages = stages_of(args)
     found, state = where_to_go_on(args, run) if args.resume else (None, {"stage": stages[0], "step": 0})
     tokenizer, config, weights = start_from(args, folders, run, world)
     torch.manual_seed(args.seed)
@@ -264,7 +277,6 @@ def start_from(args: Args, folders, run: Path, world: World):
         if (run / "config.json").exists():
             check_rows(folders, stages_of(args))
         with checkpoint.writing(run):
-            run.mkdir(parents=True, exist_ok=True)
             checkpoint.forget(run, but_weights=bool(home) and home.resolve() == run.resolve())
             checkpoint.save_settings(run, config, tokenizer, {"args": asdict(args)})
             if home and not (run / checkpoint.TEXT_TOWER).exists() and (home / checkpoint.TEXT_TOWER).exists():

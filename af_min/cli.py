@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import dataclasses
 import errno
@@ -9,7 +10,14 @@ import gc
 import os
 import sys
 import typing
+from collections.abc import Iterator
 from dataclasses import MISSING
+from pathlib import Path
+
+try:
+    import fcntl                                   # Linux and macOS
+except ImportError:
+    fcntl = None
 
 
 class UserError(ValueError):
@@ -60,6 +68,22 @@ def at_least(args, **limits: float) -> None:
     for name, limit in limits.items():
         if not getattr(args, name) >= limit:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {limit} or more")
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """UserError where another command holds the folder: two that write to it would mix their files."""
+    with contextlib.ExitStack() as stack:
+        if fcntl:
+            handle = os.open(folder, os.O_RDONLY)  # closed by a kill too
+            stack.callback(os.close, handle)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"{folder}: another training is writing there; wait until it has ended, or give another --name") from None
+            except OSError:                        # a file system without locks
+                pass
+        yield
 
 
 def glibc(function: str, *numbers: int) -> None:

@@ -28,13 +28,8 @@ import torch
 
 from . import audio
 from .clap import WindowEncoder
-from .cli import UserError
+from .cli import UserError, fcntl
 from .config import AudioConfig
-
-try:
-    import fcntl                                   # Linux and macOS
-except ImportError:
-    fcntl = None
 
 Place = tuple[str, float]                          # file, second at which listening starts
 

@@ -6,7 +6,7 @@ import pytest
 from safetensors.torch import save_file
 
 import micro
-from af_min import checkpoint, config, manifest
+from af_min import checkpoint, cli, config, manifest
 from af_min.cli import UserError
 from af_min.config import TINY, Config
 from af_min.text import Tokenizer
@@ -72,6 +72,15 @@ def test_a_mistake_costs_no_model_of_that_name(trained, scenes_data, tmp_path, c
     shutil.copytree(trained[0], tmp_path / "runs" / "run")
     assert says in mistake(capsys, TRAIN, tmp_path, "--preset", "micro", "--name", "run", "--data", scenes_data, *flags)
     assert weights(tmp_path / "runs" / "run" / "model.safetensors") and (tmp_path / "runs" / "run" / "checkpoint").exists()
+
+
+@pytest.mark.parametrize("flags", [[], ["--resume"]])
+def test_two_trainings_do_not_write_to_one_run(trained, scenes_data, capsys, flags):
+    """The second is told; what the first has written stays."""
+    before = sorted(trained[0].rglob("*"))
+    with cli.alone(trained[0]):
+        said = mistake(capsys, TRAIN, trained[0].parents[1], "--preset", "micro", "--data", scenes_data, "--name", "whole", *flags)
+    assert "runs/whole: another training is writing there" in said and sorted(trained[0].rglob("*")) == before
 
 
 def test_resuming_with_another_stage_is_a_mistake_that_is_explained(trained, scenes_data, capsys):
