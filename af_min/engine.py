@@ -136,7 +136,9 @@ def rate(step: int, c: StageConfig) -> float:
 
 
 class Stop:
-    """SIGTERM or Ctrl-C during training is noted, and answered at the end of the step; a second Ctrl-C is answered at once."""
+    """SIGTERM or Ctrl-C during training is noted, and answered at the end of the step; a second Ctrl-C is answered at once.
+
+    One that comes behind the last step, while its checkpoint is written, is answered as soon as that is done."""
 
     def __enter__(self) -> "Stop":
         self.signal = 0
@@ -148,9 +150,11 @@ class Stop:
             raise KeyboardInterrupt
         self.signal = number
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind, *_) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        if self.signal and kind is None:
+            signal.raise_signal(self.signal)
 
 
 def peak_memory(device: torch.device) -> float:

@@ -136,6 +136,16 @@ def test_a_signal_stops_after_the_step_with_a_checkpoint(trained, scenes_data, t
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+def test_a_signal_while_the_last_checkpoint_of_a_stage_is_written_is_not_lost(scenes_data, tmp_path, capsys):
+    def before(patch):
+        save = checkpoint.save_checkpoint
+        patch.setattr(checkpoint, "save_checkpoint", lambda *rest: os.kill(os.getpid(), signal.SIGINT) or save(*rest))
+    with pytest.raises(SystemExit) as stop:
+        train(tmp_path, scenes_data, "--name", "x", "--checkpoint-every", 100, before=before)
+    assert stop.value.code == 130 and "interrupted" in capsys.readouterr().err
+    assert checkpoint.find_checkpoint(tmp_path / "runs" / "x", STAGES)[1] == {"stage": "clap", "step": micro.STEPS}
+
+
 @pytest.mark.parametrize("largest, reached", [(40_000, 2), (600, 2), (200_000, 5)], ids=["checkpoint", "log", "final weights"])
 def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(scenes_data, tmp_path, capsys, largest, reached):
     """From step 3 on, or when training is done, files may not grow beyond a size: what a full disk looks like to those who write."""
