@@ -92,6 +92,15 @@ def number(value) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < float("inf")
 
 
+def inside(path) -> bool:
+    return text(path) and not path.startswith("/") and ".." not in path.split("/")
+
+
+def example(row) -> bool:
+    return (isinstance(row, dict) and (row.get("audio") is None or inside(row["audio"])) and number(row.get("start", 0))
+            and text(row.get("prompt")) and text(row.get("answer")))
+
+
 def check_row(row, where: str) -> None:
     """Every rule of the format for one row. UserError: `where: field: expected ..., got ...`."""
     def need(good: bool, name: str, expected: str):
@@ -101,8 +110,7 @@ def check_row(row, where: str) -> None:
 
     need(isinstance(row, dict), "row", "a JSON object")
     audio = row.get("audio")
-    inside = text(audio) and not audio.startswith("/") and ".." not in audio.split("/")
-    need(inside or audio is None and text(row.get("description")),
+    need(inside(audio) or audio is None and text(row.get("description")),
          "audio", "a path inside the data set (or none, with a description: text for the language model alone)")
     need(text(row.get("task")), "task", "a name such as AudioCaptioning")
     for name in ("start", "seconds"):
@@ -119,7 +127,9 @@ def check_row(row, where: str) -> None:
         answers = row["answers"] if forms == ["answers"] else [row["answer"]]
         need(isinstance(answers, list) and answers and all(map(text, answers)), forms[0],
              "text" if forms == ["answer"] else "a list of texts")
-    need(isinstance(row.get("shots", []), list), "shots", "a list of rows")
+    for name in ("shots", "pool"):
+        examples = row.get(name, [])
+        need(isinstance(examples, list) and all(map(example, examples)), name, 'a list of rows, each with "prompt" and "answer"')
     need("group" not in row or text(row["group"]), "group", "text")
 
 
@@ -219,15 +229,13 @@ def check(folder, progress: Callable[[Iterable], Iterable] = iter) -> list[str]:
             try:
                 row = _row(line, f"{path}:{number}")
                 for part in (row, *row.get("shots", []), *row.get("pool", [])):
-                    if isinstance(part, dict) and part.get("audio"):
-                        starts[str(part["audio"])] = max(starts.get(part["audio"], 0.0), part.get("start", 0.0))
+                    if part.get("audio"):
+                        starts[part["audio"]] = max(starts.get(part["audio"], 0.0), part.get("start", 0.0))
                 if row.get("audio"):
                     splits.setdefault(row["audio"], {}).setdefault(split, f"{path.name}:{number}")
                     groups.setdefault(row.get("group"), {}).setdefault(split, f"{path.name}:{number}")
             except UserError as error:
                 wrong.append(str(error))
-            except TypeError:
-                wrong.append(f"{path}:{number}: shots or pool: expected a list of row numbers or of rows")
     wrong += [f"{folder}: group {group!r:.60} in the splits {' and '.join(of)} ({', '.join(of.values())})"
               for group, of in groups.items() if group and len(of) > 1]
     contents = {}                                          # hash of the samples -> name, splits

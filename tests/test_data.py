@@ -162,7 +162,7 @@ ROWS = [
     {"audio": "c.wav", "task": "FewShot", "prompt": "classify this sound.", "answer": "dog",
      "shots": [{"audio": "a.wav", "start": 1.0, "prompt": "classify this sound.", "answer": "bell"}]},
     {"audio": "d.wav", "task": "Dialogue", "turns": [{"user": "bell?", "assistant": "no"}]},
-    {"audio": "e.wav", "task": "Pool", "prompt": "bell?", "answer": "no", "pool": [{"audio": "f.wav", "answer": "x"}]},
+    {"audio": "e.wav", "task": "Pool", "prompt": "bell?", "answer": "no", "pool": [{"audio": "f.wav", "prompt": "bell?", "answer": "x"}]},
     {"audio": "c.wav", "task": "RollCall", "turns": [{"user": "bell?", "assistant": "yes"}]}]
 
 

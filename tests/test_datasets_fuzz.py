@@ -54,7 +54,7 @@ def test_five_hundred_malformed_manifests_are_read_or_named_by_line(tmp_path):
     """`read_rows` stops at the first bad line by its number, `check` names every one: the others are rows, and none is lost."""
     rng, path, named = np.random.default_rng(1), tmp_path / "train.jsonl", 0
     rows = [{"audio": f"audio/{n}.flac", "start": 0.5, "task": "AQA", "prompt": "what is it?", "answer": "a d\u00f6g"} for n in range(5)]
-    manifest.write_rows(path, rows + [{"audio": "a.flac", "task": "Dialogue", "turns": [{"user": "hi", "assistant": "yes"}], "shots": [1]}])
+    manifest.write_rows(path, rows + [{"audio": "a.flac", "task": "Dialogue", "turns": [{"user": "hi", "assistant": "yes"}], "shots": [rows[0]]}])
     manifest.write_card(tmp_path)
     good = path.read_bytes()
     trials = 0

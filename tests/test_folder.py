@@ -319,7 +319,7 @@ def test_a_full_disk_is_one_line(capsys, number, code):
 def test_rows_survive_writing_and_reading(tmp_path):
     rows = [ROW, ROW | {"start": 1.5, "seconds": 2, "extra": {"kept": [1]}, "answer": "zwei ≤ drei \u2028 \n"},
             {"audio": "a.wav", "task": "Dialogue", "turns": [{"user": "hi", "assistant": "yes"}]},
-            {"audio": "a.wav", "task": "T", "prompt": "p", "answers": ["a", "b"], "shots": [3, 4]}]
+            {"audio": "a.wav", "task": "T", "prompt": "p", "answers": ["a", "b"], "shots": [ROW]}]
     assert manifest.write_rows(tmp_path / "x.jsonl", rows) == 4
     assert manifest.read_rows(tmp_path / "x.jsonl") == [{"start": 0.0} | row for row in rows]
     assert [path.name for path in tmp_path.iterdir()] == ["x.jsonl"]
@@ -330,7 +330,9 @@ def test_rows_survive_writing_and_reading(tmp_path):
     ({"audio": None}, "audio"), ({"task": " "}, "task"), ({"prompt": ""}, "prompt: expected text, got ''"), ({"prompt": None}, "prompt"),
     ({"answer": ""}, "answer"), ({"answer": 5}, "answer: expected text, got 5"), ({"answer": ["x"]}, "answer"), ({"answers": ["x"]}, "exactly one of"),
     ({"start": -1}, "start: expected a number of seconds"), ({"start": "0"}, "start"), ({"start": True}, "start"), ({"start": float("nan")}, "start"),
-    ({"seconds": float("inf")}, "seconds"), ({"shots": "x"}, "shots"), ({"answer": "\ud800"}, "answer"), ({"group": 3}, "group")])
+    ({"seconds": float("inf")}, "seconds"), ({"shots": "x"}, "shots"), ({"shots": [1]}, "shots: expected a list of rows"),
+    ({"shots": [{"audio": "a.wav", "answer": "x"}]}, "shots"), ({"pool": [ROW | {"start": "0"}]}, "pool"),
+    ({"answer": "\ud800"}, "answer"), ({"group": 3}, "group")])
 def test_a_wrong_field_is_named_with_its_line(tmp_path, change, words):
     path = tmp_path / "x.jsonl"
     path.write_text(json.dumps(ROW) + "\n\n" + json.dumps(ROW | change) + "\n")
