@@ -82,7 +82,7 @@ class ClapStage:
     def __init__(self, everything: Everything, folders, tokenizer, c: StageConfig, args, world):
         self.everything, self.tokenizer, self.world, self.float32 = everything, tokenizer, world, args.float32
         self.config = everything.model.config.audio
-        rows = [{**row, "audio": str(folder / row["audio"])} for folder, _ in folders
+        rows = [{**row, "audio": str(folder / row["audio"]), "answer": row.get("answer") or row["answers"][0]} for folder, _ in folders
                 for row in data.rows_of(folder, "train", "clap")]
         self.captions = data.WindowCaptions(rows, c.batch, args.seed)
         self.waves = {path: (audio.load(path, self.config.sample_rate).samples * 32767).astype(np.int16)
@@ -144,6 +144,10 @@ class TextStage:
             store = embed(model, folder, rows, world) if self.listening else None
             limit = min(c.max_tokens, model.config.lm.max_positions)
             datasets.append(data.Dataset(str(folder), *data.tokenized(rows, tokenizer, limit, stage == "lm"), store, weight))
+            most, slots = max((len(s.audios) for s in datasets[-1].samples), default=0), model.config.representation.max_audios
+            if most > slots:
+                raise UserError(f"{folder}: a row with {most} recordings, its shots included; this model takes {slots}: "
+                                "write the shots again with af_min.retrieval")
         self.mixture = data.Mixture(datasets, c.batch, c.batch_tokens, args.seed)
         if self.in_step and self.listening and not all(s.audios for d in datasets for s in d.samples):
             raise UserError("--shard: a row without a recording: sharded processes must all listen; train on it without --shard")

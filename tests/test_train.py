@@ -70,6 +70,17 @@ def test_the_learning_rate_by_hand(decay, expected):
     assert engine.rate(8, dataclasses.replace(c, decay=True)) / 3.0 == pytest.approx(0.05)
 
 
+def test_a_window_with_several_captions_is_told_by_the_first(scenes_data, tmp_path):
+    rows = [row for row in manifest.read_rows(scenes_data / "train.jsonl") if row["task"] == "WindowText"]
+    rows = [row | {"answers": [row.pop("answer"), "x"]} for row in rows]
+    (tmp_path / "several").mkdir()
+    manifest.write_rows(tmp_path / "several" / "train.jsonl", rows)
+    manifest.write_card(tmp_path / "several", name="x")
+    (tmp_path / "several" / "audio").symlink_to(scenes_data / "audio")
+    train(tmp_path, "several", "--stage", "clap", "--name", "run", "--steps", 1)
+    assert len(log(tmp_path / "runs" / "run")) == 1
+
+
 def test_init_starts_from_another_runs_weights_and_tokenizer(trained, scenes_data, tmp_path):
     train(tmp_path, scenes_data, "--stage", "sft", "--init", trained[0], "--name", "new", "--steps", 1)
     new = tmp_path / "runs" / "new"

@@ -74,6 +74,14 @@ def test_a_mistake_costs_no_model_of_that_name(trained, scenes_data, tmp_path, c
     assert weights(tmp_path / "runs" / "run" / "model.safetensors") and (tmp_path / "runs" / "run" / "checkpoint").exists()
 
 
+def test_a_row_with_more_recordings_than_the_model_takes_is_told(scenes_data, tmp_path, capsys):
+    rows = manifest.read_rows(scenes_data / "train.jsonl")[:3]
+    rows[0] = {**ROW, "audio": rows[1]["audio"], "shots": [{**ROW, "audio": rows[1]["audio"]}] * 9}
+    (a_data_set(tmp_path / "x", rows) / "audio").symlink_to(scenes_data / "audio")
+    assert "x: a row with 10 recordings, its shots included; this model takes 9" in mistake(
+        capsys, TRAIN, tmp_path, "--preset", "micro", "--data", "x", "--stage", "sft")
+
+
 @pytest.mark.parametrize("flags", [[], ["--resume"]])
 def test_two_trainings_do_not_write_to_one_run(trained, scenes_data, capsys, flags):
     """The second is told; what the first has written stays."""
