@@ -153,6 +153,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Te
     for key, value in tensors.items():
         number, name = key.split(".")
         state.setdefault(int(number), {})[name] = value
+    for group in optimizer.state_dict()["param_groups"]:
+        if any(number in state and group.get("matrices", False) != ("momentum" in state[number]) for number in group["params"]):
+            raise UserError("--optimizer: the checkpoint is another optimizer's; --resume goes on with the one that the stage began with")
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

@@ -42,6 +42,14 @@ def test_killed_and_resumed_is_never_interrupted(trained, scenes_data, tmp_path)
         assert all(torch.equal(whole[key], resumed[key]) for key in whole.keys() | resumed.keys())
 
 
+def test_a_stage_ends_with_the_optimizer_that_it_began_with(trained, tmp_path, capsys):
+    shutil.copytree(trained[0], tmp_path / "runs" / "run")
+    with pytest.raises(SystemExit):
+        train(tmp_path, json.loads((trained[0] / "config.json").read_text())["training"]["args"]["data"][0],
+              "--name", "run", "--resume", "--steps", 6, "--optimizer", "adamw")
+    assert "the checkpoint is another optimizer's" in capsys.readouterr().err
+
+
 def test_resuming_a_finished_run_changes_nothing(trained, scenes_data):
     before, lines = weights(trained[0] / "model.safetensors"), (trained[0] / "log.jsonl").read_text()
     train(trained[0].parents[1], scenes_data, "--name", "whole", "--resume")
