@@ -117,6 +117,8 @@ def parse_arguments() -> Args:
     args = with_defaults(args)
     if args.resume or again and saved == asdict(args):
         args = with_defaults(cli.parse(Args, description=__doc__, saved={**saved, "resume": True}))
+    if args.seed >= 1 << 43:
+        raise UserError(f"--seed {args.seed}: expected less than 2**43; every step makes its own of it")
     cli.at_least(args, seed=0, steps=0, lr=0, batch=0, batch_tokens=0, accumulate=1, checkpoint_every=1)
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if args.shard and processes == 1:

@@ -53,7 +53,7 @@ ROW = {"audio": "audio/a.wav", "task": "AQA", "prompt": "is there a bell?", "ans
     (["--data", "data/x", "--steps", "-1"], "--steps -1"),
     (["--data", "data/x", "--batch", "-4"], "--batch -4"),
     (["--data", "data/x", "--lr", "-1"], "--lr -1"),
-    (["--data", "data/x", "--lr", "nan"], "--lr nan"),
+    (["--data", "data/x", "--lr", "nan"], "--lr nan"), (["--data", "data/x", "--seed", str(10**18)], "--seed 1000000000000000000"),
     (["--stage", "evaluate"], "--stage"), (["--preset", "huge"], "--preset"), (["--steps", "many"], "--steps"),
     (["--data", "data/x", "--shard"], "torchrun"),
     (["--colour", "red"], "--colour"), (["--step", "5"], "--step")])
