@@ -178,6 +178,8 @@ def train(args: Args, world: World, folders, run: Path) -> None:
         checkpoint.load_weights(found, everything, world.device)
     elif weights:
         checkpoint.load_strictly(everything.model, weights, args.init or args.lm)
+        if args.init and (tower := Path(args.init) / checkpoint.TEXT_TOWER).exists():
+            checkpoint.load_strictly(everything.text_tower, checkpoint.read_tensors(tower, world.device), tower)
     del weights
     lighten(everything, args)
     draw, started, lines = Drawing(run), time.time(), []

@@ -88,6 +88,9 @@ def test_init_starts_from_another_runs_weights_and_tokenizer(trained, scenes_dat
     assert (new / "tokenizer.model").read_bytes() == (trained[0] / "tokenizer.model").read_bytes()
     assert all(torch.equal(before[n], after[n]) for n in before if n.startswith("encoder."))
     rate = engine.rate(0, dataclasses.replace(micro.STAGES["sft"], warmup=1))
+    train(tmp_path, scenes_data, "--stage", "clap", "--init", trained[0], "--name", "ears", "--steps", 1, "--lr", 1e-9, "--seed", 1)
+    towers = [weights(run / checkpoint.TEXT_TOWER) for run in (trained[0], tmp_path / "runs" / "ears")]
+    assert all(torch.allclose(value, towers[1][name], atol=1e-7) for name, value in towers[0].items())
     for name in before:                                    # one step moves no weight by much more than the learning rate
         assert (after[name] - before[name]).abs().max() <= 1.2 * rate
     assert [(line["stage"], line["step"]) for line in log(new)] == [("sft", 0)]
