@@ -1,0 +1,89 @@
+"""manifest.py: rows, cards and folders of prepared data sets are whole, or what is wrong with them is named."""
+import json
+
+import pytest
+
+from af_min import manifest
+from af_min.cli import UserError
+
+ROW = {"audio": "audio/x.flac", "task": "AQA", "prompt": "how many?", "answer": "two"}
+
+
+def test_rows_survive_writing_and_reading(tmp_path):
+    rows = [ROW, ROW | {"start": 1.5, "seconds": 2, "extra": {"kept": [1]}, "answer": "zwei ≤ drei \u2028 \n"},
+            {"audio": "a.wav", "task": "Dialogue", "turns": [{"user": "hi", "assistant": "yes"}]},
+            {"audio": "a.wav", "task": "T", "prompt": "p", "answers": ["a", "b"], "shots": [ROW]}]
+    assert manifest.write_rows(tmp_path / "x.jsonl", rows) == 4
+    assert manifest.read_rows(tmp_path / "x.jsonl") == [{"start": 0.0} | row for row in rows]
+    assert [path.name for path in tmp_path.iterdir()] == ["x.jsonl"]
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"audio": ""}, "audio: expected a path"), ({"audio": "/etc/x.wav"}, "audio"), ({"audio": "../x.wav"}, "audio"), ({"audio": 3}, "audio"),
+    ({"audio": None}, "audio"), ({"task": " "}, "task"), ({"prompt": ""}, "prompt: expected text, got ''"), ({"prompt": None}, "prompt"),
+    ({"answer": ""}, "answer"), ({"answer": 5}, "answer: expected text, got 5"), ({"answer": ["x"]}, "answer"), ({"answers": ["x"]}, "exactly one of"),
+    ({"start": -1}, "start: expected a number of seconds"), ({"start": "0"}, "start"), ({"start": True}, "start"), ({"start": float("nan")}, "start"),
+    ({"seconds": float("inf")}, "seconds"), ({"shots": "x"}, "shots"), ({"shots": [1]}, "shots: expected a list of rows"),
+    ({"shots": [{"audio": "a.wav", "answer": "x"}]}, "shots"), ({"pool": [ROW | {"start": "0"}]}, "pool"),
+    ({"answer": "\ud800"}, "answer"), ({"group": 3}, "group")])
+def test_a_wrong_field_is_named_with_its_line(tmp_path, change, words):
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps(ROW) + "\n\n" + json.dumps(ROW | change) + "\n")
+    with pytest.raises(UserError) as error:
+        manifest.read_rows(path)
+    assert str(error.value).startswith(f"{path}:3: ") and words in str(error.value)
+    with pytest.raises(UserError):
+        manifest.write_rows(tmp_path / "y.jsonl", [ROW | change])
+    assert not (tmp_path / "y.jsonl").exists()
+
+
+@pytest.mark.parametrize("line", ["", "{", "[1]", "3", '"x"', "null", "[" * 100_000, '{"audio": "x"} trailing', "\x00", '{"turns": [], "audio": "x", "task": "T"}',
+                                  '{"turns": [{"user": "x"}], "audio": "x", "task": "T"}', '{"answers": [], "prompt": "p", "audio": "x", "task": "T"}'])
+def test_malformed_lines(tmp_path, line):
+    (tmp_path / "x.jsonl").write_text(json.dumps(ROW) + "\n" + line + "\n")
+    if not line:
+        assert len(manifest.read_rows(tmp_path / "x.jsonl")) == 1
+        return
+    with pytest.raises(UserError) as error:
+        manifest.read_rows(tmp_path / "x.jsonl")
+    assert "x.jsonl:2: " in str(error.value) and len(str(error.value)) < 400
+
+
+def test_what_is_no_manifest(tmp_path):
+    with pytest.raises(UserError, match="cannot be read"):
+        manifest.read_rows(tmp_path / "no.jsonl")
+    (tmp_path / "x.jsonl").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="not UTF-8"):
+        manifest.read_rows(tmp_path / "x.jsonl")
+    with pytest.raises(UserError, match="no prepared data set"):
+        manifest.read_card(tmp_path)
+    (tmp_path / "card.json").write_text("{")
+    with pytest.raises(UserError, match="not JSON"):
+        manifest.read_card(tmp_path)
+
+
+def test_the_card_counts_and_its_hash_sees_every_byte_and_name(tmp_path):
+    def make(name, rows, audio=b"abc", file="x.flac"):
+        with manifest.dataset_folder(tmp_path / name) as folder:
+            (folder / "audio").mkdir()
+            (folder / "audio" / file).write_bytes(audio)
+            manifest.write_rows(folder / "train.jsonl", rows)
+            return manifest.write_card(folder, source="here", name=name)
+
+    long = ROW | {"seconds": 1800}
+    card = make("a", [long, long | {"answer": "three"}, long | {"start": 1800.0, "task": "Other"}])
+    assert card["splits"]["train"] == {"rows": 3, "tasks": {"AQA": 2, "Other": 1}} and card["splits"]["val"]["rows"] == 0
+    assert card["hours"] == 1.0, "two questions about one span are one span of audio"
+    assert card["source"] == "here" and card == manifest.read_card(tmp_path / "a")
+    assert len({make(name, *what)["sha256"] for name, what in {
+        "b": ([ROW],), "c": ([ROW],), "d": ([ROW, ROW],), "e": ([ROW], b"abd"), "f": ([ROW], b"abc", "y.flac")}.items()}) == 4
+
+
+def test_a_data_set_that_breaks_half_way_leaves_the_old_one(tmp_path):
+    with manifest.dataset_folder(tmp_path / "a") as folder:
+        manifest.write_card(folder, source="old")
+    with pytest.raises(KeyboardInterrupt):
+        with manifest.dataset_folder(tmp_path / "a") as folder:
+            manifest.write_card(folder, source="new")
+            raise KeyboardInterrupt
+    assert manifest.read_card(tmp_path / "a")["source"] == "old" and [path.name for path in tmp_path.iterdir()] == ["a"]
