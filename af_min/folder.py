@@ -105,15 +105,17 @@ def write_dataset(out, entries: list[dict], paths: dict[str, Path], report: Repo
             found = "; ".join(f"{reason}: {len(names)}, e.g. {names[0]}" for reason, names in report.problems.items() if names)
             raise UserError(f"{where}: no usable recording ({found or 'no wav, flac, ogg or mp3 in it'})")
         _fill_in(entries)
-        splits = _split(entries, stored, seed, val, test)
+        splits, split_of = _split(entries, stored, seed, val, test)
         rows, kept = defaultdict(list), []
         for entry in entries:
             content, seconds = stored[entry["file"]]
-            if entry.get("split") and SPLIT_NAMES[entry["split"].lower()] != splits[content]:
+            split = splits[content]
+            given = SPLIT_NAMES[entry["split"].lower()] if entry.get("split") else split
+            if not given == split == split_of.setdefault(entry.get("group") or content, split):
                 report.problems["its sound or group is in another split"].append(entry["file"])
                 continue
             kept.append(entry)
-            rows[splits[content]].append(
+            rows[split].append(
                 {"audio": f"audio/{content}.flac", "start": 0.0} | {name: entry[name] for name in FORM if entry.get(name)}
                 | {"seconds": seconds, "file": entry["file"]})
         used = {row["audio"] for split in rows.values() for row in split}
@@ -260,9 +262,9 @@ def _fill_in(entries: list[dict]) -> None:
             entry["prompt"] = entry.get("prompt") or PROMPTS.get(entry["task"], PROMPTS[default])
 
 
-def _split(entries: list[dict], stored: dict, seed: int, val: float, test: float) -> dict[str, str]:
-    """Content hash -> split. A given split wins, the first one if a sound has two; the rest is sampled so that every answer gets
-    its share of every split.
+def _split(entries: list[dict], stored: dict, seed: int, val: float, test: float) -> tuple[dict[str, str], dict[str, str]]:
+    """Content hash -> split, group -> split; a sound is of the first group that has it. A given split wins, the first one if a
+    sound has two; the rest is sampled so that every answer gets its share of every split.
 
     Groups are sorted by answer and, inside an answer, by a hash with the seed; every (1 / share)-th goes to the split. An
     answer that only one group has stays in training, unless all are like that (captions).
@@ -288,4 +290,4 @@ def _split(entries: list[dict], stored: dict, seed: int, val: float, test: float
         chosen = {group for i, group in enumerate(free) if int((i + 1) * share + offset) > int(i * share + offset)}
         splits |= dict.fromkeys(chosen, split)
         free = [group for group in free if group not in chosen]
-    return {content: splits[group] for content, group in group_of.items()}
+    return {content: splits[group] for content, group in group_of.items()}, splits

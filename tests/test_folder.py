@@ -153,6 +153,21 @@ def test_a_group_is_never_divided_and_foreign_columns_are_left_alone(src, out):
     assert len(where) == 10 and set(where.values()) == set(manifest.SPLITS) and manifest.check(out) == []
 
 
+def test_a_sound_that_two_groups_share_divides_neither(src, out):
+    """Ten speakers of four sounds each, and a copy of one sound of each under another speaker."""
+    lines = ["file,answer,group"]
+    for n in range(40):
+        sound(src / f"{n}.wav", n)
+        lines.append(f"{n}.wav,{'ab'[n % 2]},speaker {n // 4}")
+        if n % 4 == 0:
+            shutil.copy(src / f"{n}.wav", src / f"copy{n}.wav")
+            lines.append(f"copy{n}.wav,c,speaker {(n // 4 + 3) % 10}")
+    csv(src, "\n".join(lines))
+    report = import_folder(src, out, RATE)
+    assert manifest.check(out) == [] and set(report.problems) == {"its sound or group is in another split"}
+    assert len(rows_of(out)) + len(report.problems["its sound or group is in another split"]) == 50
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names are Unicode")
 def test_a_name_that_is_latin_1_on_disk(src, out):
     """As old archives leave them: found by a table in UTF-8, and written as UTF-8."""
