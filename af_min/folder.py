@@ -267,7 +267,7 @@ def _split(entries: list[dict], stored: dict, seed: int, val: float, test: float
     sound has two; the rest is sampled so that every answer gets its share of every split.
 
     Groups are sorted by answer and, inside an answer, by a hash with the seed; every (1 / share)-th goes to the split. An
-    answer that only one group has stays in training, unless all are like that (captions).
+    answer that only one group has stays in training, unless most groups are like that (captions).
     """
     given, answer_of, group_of = {}, {}, {}
     for entry in entries:
@@ -281,7 +281,7 @@ def _split(entries: list[dict], stored: dict, seed: int, val: float, test: float
         return hashlib.sha256(f"{seed} {group}".encode()).hexdigest()
 
     count = Counter(answer_of.values())
-    repeats = any(number > 1 for number in count.values())
+    repeats = 2 * sum(number > 1 for number in map(count.get, answer_of.values())) >= len(answer_of)
     free = sorted((group for group, answer in answer_of.items() if group not in given and (count[answer] > 1 or not repeats)),
                   key=lambda group: (answer_of[group] if repeats else "", shuffled(group)))
     splits = dict.fromkeys(answer_of, "train") | given

@@ -122,6 +122,13 @@ def test_a_class_with_one_recording_stays_in_training(src, out):
     assert [row["split"] for row in rows_of(out) if row["answer"] == "once"] == ["train"]
 
 
+def test_captions_of_which_two_are_alike_have_every_split(src, out):
+    for n in range(40):
+        sound(src / f"{n}.wav", n)
+    csv(src, "file,answer\n" + "".join(f"{n}.wav,number {max(1, n)}\n" for n in range(40)))
+    assert [facts["rows"] for facts in import_folder(src, out, RATE).card["splits"].values()] == [28, 4, 8]
+
+
 def test_labels_from_folders_and_from_names(src, out, tmp_path):
     for n in range(4):
         sound(src / "church_bell" / f"x{n}.wav", n)
