@@ -167,17 +167,19 @@ def _from_csv(table: Path, files: dict[str, Path], report: Report) -> list[dict]
             text = file.read()
     except UnicodeDecodeError:
         raise UserError(f"{table}: not UTF-8; save it as 'CSV UTF-8'") from None
-    lines = csv.reader(io.StringIO(text.replace("\0", ""), newline=""), delimiter=_delimiter(text))
-    entries = []
+    lines = csv.reader(io.StringIO(text.replace("\0", ""), newline=""), delimiter=_delimiter(text), strict=True)
+    entries, at = [], 0                                    # at: the last line of the row before
     try:
         header = [name.strip().lower() for name in next(lines, [])]
-        if not {"file", "answer"} <= set(header) or len(set(header)) < len(header):
+        if not {"file", "answer"} <= set(header) or any(header.count(name) > 1 for name in COLUMNS):
             raise UserError(f"{table}:1: expected the columns file, answer and optionally prompt, split, task, "
-                            f"group; got {', '.join(header)[:80] or 'nothing'}")
+                            f"group, each once; got {', '.join(header)[:80] or 'nothing'}")
+        at = lines.line_num
         for cells in lines:
+            at = lines.line_num
             if not any(cell.strip() for cell in cells):
                 continue
-            where = f"{table.name}:{lines.line_num}"
+            where = f"{table.name}:{at}"
             entry = {name: " ".join(cell.split()) for name, cell in zip(header, cells) if name in COLUMNS}
             if len(cells) != len(header):
                 report.problems["row with too many or too few fields"].append(where)
@@ -193,14 +195,14 @@ def _from_csv(table: Path, files: dict[str, Path], report: Report) -> list[dict]
                 else:
                     report.problems["row naming a file that is not there"].append(f"{where} ({raw[:60]})")
     except csv.Error as error:
-        raise UserError(f"{table}:{lines.line_num}: not a CSV ({error})") from None
+        raise UserError(f"{table}:{at + 1}: not a CSV ({error}): are quotation marks closed, and doubled inside of a text?") from None
     return entries
 
 
 def _delimiter(text: str) -> str:
-    """Semicolons are what spreadsheets write where the comma is the decimal sign."""
-    header = text.split("\n", 1)[0]
-    return ";" if ";" in header and "," not in header else ","
+    """Semicolons are what spreadsheets write where the comma is the decimal sign; tabs are what is copied out of them."""
+    header = re.split("[\r\n]", text, maxsplit=1)[0]
+    return next((other for other in ";\t" if other in header and "," not in header), ",")
 
 
 def _from_names(source: Path, files: dict[str, Path], by_file: bool, report: Report) -> list[dict]:

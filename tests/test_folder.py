@@ -188,14 +188,14 @@ def test_a_name_that_is_latin_1_on_disk(src, out):
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
 @pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
-@pytest.mark.parametrize("delimiter", [",", ";"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
 def test_every_kind_of_csv(src, out, encoding, newline, delimiter):
     decomposed = unicodedata.normalize("NFD", "müde Glocke.wav")               # as macOS stores it
     sound(src / decomposed, 0)
     sound(src / "b.WAV", 1)
-    csv(src, newline.join(["file;answer", '"müde Glocke.wav";"eine ""müde"" Glocke"', "", " ./b.WAV ;  bell ", ";"]).replace(";", delimiter), encoding)
+    csv(src, newline.join(["file;answer;;", '"müde Glocke.wav";"eine ""müde"", alte Glocke";;', "", " ./b.WAV ;  bell ;;", ";;;"]).replace(";", delimiter), encoding)
     report = import_folder(src, out, RATE)
-    assert {row["answer"] for row in rows_of(out)} == {'eine "müde" Glocke', "bell"} and not report.problems
+    assert {row["answer"] for row in rows_of(out)} == {'eine "müde", alte Glocke', "bell"} and not report.problems
 
 
 # ---------------------------------------------------------------------- what cannot be used
@@ -258,8 +258,9 @@ def test_nothing_is_left_behind_by_an_import_that_fails(src, out, monkeypatch):
     refused(src, out, "not UTF-8")
     csv(src, "file,answer\nb.wav,dog\n")
     refused(src, out, "no usable recording", "labels.csv:2 (b.wav)")
-    csv(src, "file,answer\na.wav,\"dog\n" + "x" * 200_000)
-    refused(src, out, "labels.csv", "not a CSV")
+    for swallowed in ("b.wav,bell", 'b.wav,"bell"', "x" * 200_000):
+        csv(src, f'file,answer\n"a.wav",cat\na.wav,"dog\n{swallowed}\n')
+        refused(src, out, "labels.csv:3", "not a CSV", "quotation marks")
     csv(src, "file,answer\n", name="second.csv")
     refused(src, out, "2 CSV files")
     (src / "second.csv").unlink()
