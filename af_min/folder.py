@@ -21,7 +21,7 @@ import os
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -71,7 +71,7 @@ def import_folder(source, out, sample_rate: int, *, seed: int = 0, val: float = 
         raise UserError(f"val {val} and test {test}: both must be 0 or more and leave something for training")
     if Path(out).resolve() in (source.resolve(), *source.resolve().parents):
         raise UserError(f"{out}: holds the recordings themselves; give another --out")
-    files = _audio_files(source, Path(out))
+    files = _audio_files(source, Path(out), report)
     table = _find_csv(source)
     entries = _from_csv(table, files, report) if table and not labels_from_names else \
         _from_names(source, files, labels_from_names, report)
@@ -141,15 +141,26 @@ def readable(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def _audio_files(source: Path, out: Path) -> dict[str, Path]:
+def walk(root, *apart) -> Iterator[Path]:
+    """Every file below `root`, in the order of names, also behind links to folders, but for hidden ones, the folders `apart` and
+    links that lead back up."""
+    above = {str(root): list(map(os.path.realpath, (root, *apart)))}
+    for folder, inner, names in os.walk(root, followlinks=True):
+        paths = {name: os.path.join(folder, name) for name in sorted(inner) if not name.startswith((".", "__MACOSX"))}
+        inner[:] = [name for name, path in paths.items() if os.path.realpath(path) not in above[folder]]
+        above |= {paths[name]: [*above[folder], os.path.realpath(paths[name])] for name in inner}
+        yield from (Path(folder) / name for name in sorted(names) if not name.startswith("."))
+
+
+def _audio_files(source: Path, out: Path, report: Report) -> dict[str, Path]:
     """Readable name, relative to `source` with forward slashes -> file."""
     found = {}
-    for folder, inner, names in os.walk(source):
-        inner[:] = sorted(name for name in inner if not name.startswith(".") and (Path(folder) / name).resolve() != out.resolve())
-        for name in sorted(names):
-            if name.lower().endswith(audio.EXTENSIONS) and not name.startswith("."):
-                path = Path(folder) / name
-                found[readable(path.relative_to(source).as_posix())] = path
+    for path in walk(source, out):
+        name = readable(path.relative_to(source).as_posix())
+        if name.lower().endswith(audio.EXTENSIONS):
+            found[name] = path
+        elif not name.lower().endswith(".csv"):
+            report.problems["not a wav, flac, ogg or mp3"].append(name)
     return found
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -18,7 +17,7 @@ from pathlib import Path
 
 from . import audio, text
 from .cli import UserError
-from .folder import PROMPTS, Report, readable
+from .folder import PROMPTS, Report, readable, walk
 
 CAPTION, CLASSIFY = PROMPTS["AudioCaptioning"], PROMPTS["AudioClassification"]
 EMOTION, INSTRUMENT = "what is the emotion of this speech?", "what is the instrument of this music?"
@@ -31,12 +30,8 @@ class Source:
     def __init__(self, folders: Iterable[Path], report: Report):
         self.report, self.paths, self.close = report, {}, defaultdict(list)
         for root in folders:
-            for folder, inner, names in os.walk(root):
-                inner[:] = sorted(name for name in inner if not name.startswith((".", "__MACOSX")))
-                for name in sorted(names):
-                    if not name.startswith("."):
-                        path = Path(folder) / name
-                        self.paths.setdefault(_plain(path.relative_to(root).as_posix()), path)
+            for path in walk(root):
+                self.paths.setdefault(_plain(path.relative_to(root).as_posix()), path)
         for name in self.paths:
             self.close[_letters(name)].append(name)
 

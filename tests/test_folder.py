@@ -139,6 +139,13 @@ def test_labels_from_folders_and_from_names(src, out, tmp_path):
     assert {row["answer"] for row in rows_of(tmp_path / "names")} == {"x", "Loud dog"}
 
 
+def test_links_to_folders_are_followed_but_not_in_a_circle(src, out):
+    sound(src / "cat" / "a.wav", 0), sound(src.parent / "elsewhere" / "b.wav", 1), sound(src.parent / "elsewhere" / "far" / "c.wav", 2)
+    (src / "dog").symlink_to(src.parent / "elsewhere")
+    (src.parent / "elsewhere" / "back").symlink_to(src)
+    assert import_folder(src, out, RATE).problems == {} and {row["file"] for row in rows_of(out)} == {"cat/a.wav", "dog/b.wav", "dog/far/c.wav"}
+
+
 def test_long_recordings_are_cut_and_reported(src, out):
     sound(src / "long.wav", 0, seconds=2.0)
     csv(src, "file,answer\nlong.wav,noise\n")
@@ -212,6 +219,7 @@ def test_every_bad_file_and_row_is_counted_and_named(src, out):
     soundfile.write(src / "nan.wav", np.full(8000, np.nan), RATE, subtype="FLOAT")
     sound(src / "nobody.wav", 98)
     (src / "._good.flac").write_text("macOS leaves these")
+    (src / "phone.m4a").touch()
     table = (src / "labels.csv").read_text()
     csv(src, table + "\ngood.flac,dog\ncut.flac,dog\nzero.wav,dog\ntext.wav,cat\nsilent.wav,cat\nshort.wav,bell\nnan.wav,bell\n"
         "missing.wav,dog\n../outside.wav,dog\n/etc/passwd,dog\ngood.flac\ngood.flac,dog,more\ngood.flac,\ngood.flac,dog\n")
@@ -219,7 +227,7 @@ def test_every_bad_file_and_row_is_counted_and_named(src, out):
     found = {reason: names for reason, names in report.problems.items()}
     assert found.pop("truncated") == ["cut.flac"] and found.pop("empty") == ["zero.wav"] and found.pop("unreadable") == ["text.wav"]
     assert found.pop("silent") == ["silent.wav"] and found.pop("too short") == ["short.wav"] and found.pop("NaN") == ["nan.wav"]
-    assert found.pop("no usable row in the CSV") == ["nobody.wav"]
+    assert found.pop("no usable row in the CSV") == ["nobody.wav"] and found.pop("not a wav, flac, ogg or mp3") == ["phone.m4a"]
     assert found.pop("row naming a file that is not there") == ["labels.csv:21 (missing.wav)", "labels.csv:22 (../outside.wav)", "labels.csv:23 (/etc/passwd)"]
     assert found.pop("row with too many or too few fields") == ["labels.csv:24", "labels.csv:25"]
     assert found.pop("row without an answer") == ["labels.csv:26"]
