@@ -145,9 +145,10 @@ def dataset_folder(out) -> Iterator[Path]:
     """A new folder to fill; it gets the name `out` when the block ends well, and vanishes otherwise.
 
     An older data set of that name is replaced; a folder that is no data set (no card.json) is never touched: UserError.
+    Where `out` is a link, what it leads to is meant.
     """
-    out = Path(out)
     check_replaceable(out)
+    out = Path(out).resolve()
     partial, old = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.old")
     for left_over in (partial, old):
         shutil.rmtree(left_over, ignore_errors=True)

@@ -79,6 +79,16 @@ def test_the_card_counts_and_its_hash_sees_every_byte_and_name(tmp_path):
         "b": ([ROW],), "c": ([ROW],), "d": ([ROW, ROW],), "e": ([ROW], b"abd"), "f": ([ROW], b"abc", "y.flac")}.items()}) == 4
 
 
+def test_a_link_leads_to_the_data_set(tmp_path):
+    (tmp_path / "big disk").mkdir()
+    (tmp_path / "a").symlink_to(tmp_path / "big disk")
+    for source in ("old", "new"):
+        with manifest.dataset_folder(tmp_path / "a") as folder:
+            manifest.write_card(folder, source=source)
+        assert manifest.read_card(tmp_path / "big disk")["source"] == source
+    assert (tmp_path / "a").is_symlink() and {path.name for path in tmp_path.iterdir()} == {"a", "big disk"}
+
+
 def test_a_data_set_that_breaks_half_way_leaves_the_old_one(tmp_path):
     with manifest.dataset_folder(tmp_path / "a") as folder:
         manifest.write_card(folder, source="old")
