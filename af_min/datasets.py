@@ -199,7 +199,8 @@ def _gather(entry: DataSet, work: Path, source: str, mirror: str, progress: Call
     work.mkdir(parents=True, exist_ok=True)
     held = {path.name: path for path in folder.walk(source)} if source else {}
     here = [file for file in entry.files if file.name in held]
-    missing = [file for file in entry.files if file.name not in held and not (source and file.packed)]
+    listed = entry.read is readers.crema_d             # its one file lists the others: address, size, sha256
+    missing = [file for file in entry.files if file.name not in held and not (source and (file.packed or listed))]
     published = True
     for file in here:
         try:
@@ -213,11 +214,10 @@ def _gather(entry: DataSet, work: Path, source: str, mirror: str, progress: Call
     if absent and not entry.bring:                     # the archives, what they hold, and the recordings made of it
         need_space(work, 3e9 * entry.gigabytes * len(absent) / len(entry.files), "this data set")
     paths = [held[file.name] for file in here] + [fetch(file, work, mirror) for file in missing]
-    if entry.read is readers.crema_d and not source:   # its one file lists the others: address, size, sha256
+    if listed and not source:
         lines = [line.split() for line in paths[0].read_text("utf-8", "replace").splitlines()]
-        listed = [File(line[0], line[2]) for line in lines if len(line) > 2 and line[0].endswith(".wav")]
-        for file in progress(listed, "files"):
-            fetch(file, work, mirror, quiet=True)
+        for line in progress([line for line in lines if len(line) > 2 and line[0].endswith(".wav")], "files"):
+            fetch(File(line[0], line[2]), work, mirror, quiet=True)
     return [path for path in paths if is_archive(path.name)], published
 
 

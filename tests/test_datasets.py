@@ -232,6 +232,13 @@ def test_archives_at_hand_and_an_unpacked_copy_give_the_same(home, monkeypatch, 
     assert [manifest.read_card("c/esc50")["splits"][split]["rows"] for split in manifest.SPLITS] == [1, 1, 1]
 
 
+def test_a_clone_of_crema_d_needs_no_list_of_addresses(home, monkeypatch):
+    lay_out("crema_d", home, monkeypatch)
+    (home / "site/crema_d.txt").unlink()
+    report = datasets.prepare("crema_d", "data/crema_d", "site", "http://127.0.0.1:9", sample_rate=RATE)
+    assert report.card["recordings"] == 20 and not report.problems
+
+
 def test_mistakes_and_what_to_do(home, monkeypatch, capsys):
     def says(*flags):
         code, _, error = command(capsys, *flags)
