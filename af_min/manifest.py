@@ -211,12 +211,13 @@ def dataset_hash(folder) -> str:
 def check(folder, progress: Callable[[Iterable], Iterable] = iter) -> list[str]:
     """All that is wrong with a prepared data set, each with its file or line; [] if nothing is.
 
-    Every row has its fields, every recording (of rows, shots and pools) opens and decodes to its end, `start` lies inside of
-    it, and no group and no recording stands in two splits, the latter neither by name nor by its decoded samples.
+    The rows are as many as the card says, every row has its fields, every recording (of rows, shots and pools) opens and decodes
+    to its end, `start` lies inside of it, and no group and no recording stands in two splits, the latter neither by name nor by
+    its decoded samples.
     """
     folder, wrong = Path(folder), []
     starts, splits, groups = {}, {}, {}                    # recording -> latest start; recording, group -> {split: a row of it}
-    read_card(folder)
+    counted = read_card(folder).get("splits", {})
     for split in SPLITS:
         path = folder / f"{split}.jsonl"
         try:
@@ -224,6 +225,9 @@ def check(folder, progress: Callable[[Iterable], Iterable] = iter) -> list[str]:
         except (OSError, UnicodeDecodeError) as error:
             wrong.append(f"{path}: cannot be read ({error})")
             continue
+        rows = sum(bool(line.strip()) for line in lines)
+        if rows != (told := counted.get(split, {}).get("rows", rows)):
+            wrong.append(f"{path}: {rows} rows, {CARD} tells of {told}")
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue

@@ -325,8 +325,9 @@ def test_check_names_what_is_wrong(home, prepared, capsys):
     with open(out / "val.jsonl", "a") as file:
         file.write('{"audio": "x.wav"}\nnot json\n')
     code, printed, error = command(capsys, "--check", out)
-    assert code == 2 and "7 things are wrong" in error
-    for words in (f"{train[0]['audio']}: unreadable", f"{train[1]['audio']}: missing", f"{train[3]['audio']}: in the splits train and test",
+    assert code == 2 and "9 things are wrong" in error
+    for words in ("test.jsonl: 5 rows, card.json tells of 2", f"{train[0]['audio']}: unreadable", f"{train[1]['audio']}: missing",
+                  f"{train[3]['audio']}: in the splits train and test",
                   "the same sound as audio/", "start 7.0 s lies outside", "val.jsonl:3: task: expected", "val.jsonl:4: not a JSON object"):
         assert words in printed, words
     assert "no prepared data set" in command(capsys, "--check", home / "nothing")[2]
