@@ -18,6 +18,7 @@ from af_min import cli, datasets, folder, manifest, scenes
 from af_min.cli import UserError, flag
 
 MAX_RATE = 655_350      # Hz
+NOT_FOR = {"scenes": ("source", "mirror", "limit", "labels_from_names", "sample_rate"), "folder": ("mirror", "limit")}
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,9 @@ def main() -> None:
     def progress(items, what="recordings"):
         return tqdm(items, what, unit="file", mininterval=0.5)
 
+    for name in NOT_FOR.get(args.dataset, ("labels_from_names",)) if not (args.list or args.check) else ():
+        if getattr(args, name) != getattr(Args, name):
+            raise UserError(f"--{name.replace('_', '-')} means nothing to --dataset {args.dataset}; which --dataset is meant?")
     if args.list:
         print(datasets.listing(Path("data")))
     elif args.check:

@@ -260,6 +260,8 @@ def test_mistakes_and_what_to_do(home, monkeypatch, capsys):
     assert "needs 3.60 GB" in says("--dataset", "gtzan")
     (home / "data/esc50/meta").mkdir(parents=True)
     assert "exists and is not a prepared data set" in says("--dataset", "esc50"), "before anything is fetched"
+    assert "--source means nothing to --dataset scenes" in says("--source", "empty", "--out", "data/mine")
+    assert "--limit means nothing to --dataset folder" in says("--dataset", "folder", "--source", "empty", "--limit", 5)
     assert "--sample-rate 700000: expected 655350 or less" in says("--dataset", "esc50", "--sample-rate", 700_000)
 
 
