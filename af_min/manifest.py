@@ -152,7 +152,10 @@ def dataset_folder(out) -> Iterator[Path]:
     partial, old = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.old")
     for left_over in (partial, old):
         shutil.rmtree(left_over, ignore_errors=True)
-    partial.mkdir(parents=True)
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror}); give another --out") from None
     try:
         yield partial
         assert (partial / CARD).is_file(), f"got no {CARD} in {partial}, expected write_card to be called last"

@@ -89,6 +89,13 @@ def test_a_link_leads_to_the_data_set(tmp_path):
     assert (tmp_path / "a").is_symlink() and {path.name for path in tmp_path.iterdir()} == {"a", "big disk"}
 
 
+def test_a_data_set_cannot_lie_in_a_file(tmp_path):
+    (tmp_path / "a").touch()
+    with pytest.raises(UserError, match="a/b: cannot be written .Not a directory"):
+        with manifest.dataset_folder(tmp_path / "a" / "b"):
+            pass
+
+
 def test_a_data_set_that_breaks_half_way_leaves_the_old_one(tmp_path):
     with manifest.dataset_folder(tmp_path / "a") as folder:
         manifest.write_card(folder, source="old")
