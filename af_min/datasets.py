@@ -242,7 +242,7 @@ def _resolved(dataset: str, entries: Iterator[dict], found: readers.Source) -> l
     except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{dataset}: a table is not laid out as published ({type(error).__name__}: {error}); fetch it again") from None
+        raise UserError(f"{dataset}: a table is not laid out as published ({type(error).__name__}: {error}). {readers.AGAIN}") from None
     problems["recording that is not there"] += missing
     return kept
 

@@ -103,7 +103,8 @@ def write_dataset(out, entries: list[dict], paths: dict[str, Path], report: Repo
         entries = _distinct([entry for entry in entries if entry["file"] in stored], stored, report)
         if not entries:
             found = "; ".join(f"{reason}: {len(names)}, e.g. {names[0]}" for reason, names in report.problems.items() if names)
-            raise UserError(f"{where}: no usable recording ({found or 'no wav, flac, ogg or mp3 in it'})")
+            nothing = "none has a name, or stands in a table, as expected" if paths else "no wav, flac, ogg or mp3 in it"
+            raise UserError(f"{where}: no usable recording ({found or nothing})")
         _fill_in(entries)
         splits, split_of = _split(entries, stored, seed, val, test)
         rows, kept = defaultdict(list), []

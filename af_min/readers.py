@@ -22,6 +22,7 @@ from .folder import PROMPTS, Report, readable, walk
 CAPTION, CLASSIFY = PROMPTS["AudioCaptioning"], PROMPTS["AudioClassification"]
 EMOTION, INSTRUMENT = "what is the emotion of this speech?", "what is the instrument of this music?"
 EXTENSIONS = (*audio.EXTENSIONS, ".au")
+AGAIN = "If it was downloaded, remove it: it is then fetched again"
 
 
 class Source:
@@ -65,11 +66,12 @@ class Source:
 
     def csv(self, name: str, *columns: str) -> Iterator[dict[str, str]]:
         """Rows by the letters and digits of the header's names; `columns` must be there and filled."""
+        where = self.paths.get(self.find(name), name)
         lines = csv.reader(io.StringIO(self.text(name).replace("\0", ""), newline=""))
         try:
             header = [_letters(cell) for cell in next(lines, columns)]
             if not set(columns) <= set(header):
-                raise UserError(f"{name}: expected the columns {', '.join(columns)}; got {', '.join(header)[:80]}")
+                raise UserError(f"{where}: expected the columns {', '.join(columns)}; got {', '.join(header)[:80]}. {AGAIN}")
             for cells in lines:
                 row = dict(zip(header, map(str.strip, cells)))
                 if all(row.get(column) for column in columns):
@@ -77,14 +79,14 @@ class Source:
                 elif cells:
                     self.report.problems["row with an empty field"].append(f"{name}:{lines.line_num}")
         except csv.Error as error:
-            raise UserError(f"{name}:{lines.line_num}: not a CSV ({error})") from None
+            raise UserError(f"{where}:{lines.line_num}: not a CSV ({error}). {AGAIN}") from None
 
     def json(self, name: str, empty):
         content = self.text(name)
         try:
             return json.loads(content) if content else empty
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{name}: not JSON ({error})") from None
+            raise UserError(f"{self.paths[self.find(name)]}: not JSON ({error}). {AGAIN}") from None
 
 
 def _plain(name: str) -> str:
@@ -199,7 +201,7 @@ def macs(s: Source) -> Iterator[dict]:
     try:
         content = yaml.load(s.text("MACS.yaml"), getattr(yaml, "CSafeLoader", yaml.SafeLoader)) or {"files": []}
     except yaml.YAMLError as error:
-        raise UserError(f"MACS.yaml: not YAML ({' '.join(str(error).split())[:200]})") from None
+        raise UserError(f"{s.paths[s.find('MACS.yaml')]}: not YAML ({' '.join(str(error).split())[:200]}). {AGAIN}") from None
     for file in content["files"]:
         yield row(file["filename"], "AudioCaptioning", CAPTION, [a["sentence"] for a in file["annotations"]], "train")
 

@@ -250,6 +250,9 @@ def test_mistakes_and_what_to_do(home, monkeypatch, capsys):
     assert "there is no such folder" in says("--dataset", "gtzan", "--source", "none")
     (home / "empty").mkdir()
     assert "empty: no usable recording" in says("--dataset", "gtzan", "--source", "empty")
+    soundfile.write(home / "empty/x.wav", np.ones(8), RATE)
+    assert "empty: no usable recording (none has a name" in says("--dataset", "ravdess", "--source", "empty")
+    (home / "empty/x.wav").unlink()
     assert "table that is not there: 1, e.g. esc50.csv" in says("--dataset", "esc50", "--source", "empty")
     with serve(home / "empty") as (address, _):
         assert "genres.tar.gz: not to be had (HTTP Error 404" in says("--dataset", "gtzan", "--mirror", address)
@@ -299,8 +302,9 @@ def test_tables_that_are_not_as_published(home, monkeypatch, name, table, conten
     monkeypatch.setitem(datasets.TABLE, name, dataclasses.replace(datasets.TABLE[name], files=()))
     (home / "mine" / table).parent.mkdir(parents=True)
     (home / "mine" / table).write_bytes(content)
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=words) as error:
         datasets.prepare(name, home / "data" / name, "mine")
+    assert ("mine/" + table in str(error.value) or "not laid out" in words) and "remove it" in str(error.value)
     assert not (home / "data" / name).exists()
 
 
