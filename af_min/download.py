@@ -113,7 +113,7 @@ def fetch(file: File, folder: Path, mirror: str = "", quiet: bool = False) -> Pa
             raise
         except (OSError, ValueError, http.client.HTTPException) as error:
             code = getattr(error, "code", 0)                           # HTTP status
-            if getattr(error, "errno", 0) in (errno.ENOSPC, errno.EACCES, errno.EROFS):
+            if getattr(error, "errno", 0) in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
                 raise UserError(f"{part}: cannot be written ({error.strerror}); what is there will be continued") from None
             failures = 0 if _size(part) > before else failures + 1
             if failures == TRIES or isinstance(error, ValueError) or 400 <= code < 500 and code not in (408, 416, 429):

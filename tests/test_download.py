@@ -1,4 +1,5 @@
 """Downloads are continued, compared and renamed when whole; archives are unpacked whole or not at all, and never outside their folder."""
+import errno
 import hashlib
 import io
 import random
@@ -132,6 +133,17 @@ def test_a_full_disk_is_told_before_the_first_byte(site, monkeypatch):
     with pytest.raises(UserError, match="needs 0.00 GB"):
         fetch(File(url, MD5), folder)
     assert names(folder) == []
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_disk_that_fills_up_is_no_fault_of_the_address(site, monkeypatch, number):
+    def broken(path, mode="r"):
+        raise OSError(number, "no room")
+    url, state, folder = site
+    monkeypatch.setattr(download, "open", broken, raising=False)
+    with pytest.raises(UserError, match="part: cannot be written .no room"):
+        fetch(File(url, MD5), folder)
+    assert len(state.requests) == 1
 
 
 # ---------------------------------------------------------------------- archives
