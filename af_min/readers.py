@@ -189,11 +189,11 @@ def crema_d(s: Source) -> Iterator[dict]:
 
 
 def medley_solos(s: Source) -> Iterator[dict]:
-    lines = list(s.csv("Medley-solos-DB_metadata.csv", "subset", "instrument", "instrumentid", "uuid4"))
+    lines = list(s.csv("Medley-solos-DB_metadata.csv", "subset", "instrument", "instrumentid", "songid", "uuid4"))
     options = {line["instrument"].lower() for line in lines}
     for line in sorted(lines, key=lambda line: line["subset"] != "test"):
         yield row(f"Medley-solos-DB_{line['subset']}-{line['instrumentid']}_{line['uuid4']}.wav", "InstrumentClassification",
-                  INSTRUMENT, line["instrument"].lower(), line["subset"], options=options)
+                  INSTRUMENT, line["instrument"].lower(), line["subset"], f"{line['subset']} song {line['songid']}", options)
 
 
 def macs(s: Source) -> Iterator[dict]:

@@ -190,6 +190,7 @@ def test_cuts_of_one_recording_know_it(prepared):
     groups = {name: {row.get("group") for row in rows_of(prepared[name][0])} for name in prepared}
     assert groups["esc50"] == {str(100 + fold) for fold in range(1, 6)} and "777" in groups["nonspeech7k"] and "Bus_user0_1" in groups["cochlscene"]
     assert groups["audiocaps"] == {"-abc_D", "val", "test"} and "actor 1" + "000" in groups["crema_d"] and groups["clotho"] == {None}
+    assert "training song 1" in groups["medley_solos"]
 
 
 def test_pointers_of_git_lfs_are_named(home):
