@@ -174,23 +174,24 @@ def prepare(name: str, out, source: str = "", mirror: str = "", limit: int = 0, 
                         f"--source. Names: {entry.bring}")
     if source and not Path(source).is_dir():
         raise UserError(f"--source {source}: there is no such folder")
-    try:
-        archives, published = _gather(entry, work, source, mirror, progress)
-        facts = {"source": entry.page, "licence": entry.licence, "cite": entry.cite} if published else {
-            "source": f"recordings of {Path(source).resolve().name}, laid out as {name}", "licence": "its owner's"}
-        for archive in archives:
-            unpack(archive, work / "unpacked")
-        found = readers.Source([*filter(None, [source]), work], report)
-        entries = _resolved(name, entry.read(found), found)
-        given = {item["split"] for item in entries}
-        shares = {"val": 0.0 if "val" in given or given == {"train"} else 0.1, "test": 0.0 if given & {"train", "test"} else 0.2}
-        if limit:
-            entries = _limited(entries, limit, seed)
-        return folder.write_dataset(
-            out, entries, found.paths, report, sample_rate, where=source or str(work), seed=seed, **shares, **facts,
-            progress=lambda names: progress(names, "recordings"))
-    finally:
-        shutil.rmtree(work / "unpacked", ignore_errors=True)
+    with manifest.alone(work):
+        try:
+            archives, published = _gather(entry, work, source, mirror, progress)
+            facts = {"source": entry.page, "licence": entry.licence, "cite": entry.cite} if published else {
+                "source": f"recordings of {Path(source).resolve().name}, laid out as {name}", "licence": "its owner's"}
+            for archive in archives:
+                unpack(archive, work / "unpacked")
+            found = readers.Source([*filter(None, [source]), work], report)
+            entries = _resolved(name, entry.read(found), found)
+            given = {item["split"] for item in entries}
+            shares = {"val": 0.0 if "val" in given or given == {"train"} else 0.1, "test": 0.0 if given & {"train", "test"} else 0.2}
+            if limit:
+                entries = _limited(entries, limit, seed)
+            return folder.write_dataset(
+                out, entries, found.paths, report, sample_rate, where=source or str(work), seed=seed, **shares, **facts,
+                progress=lambda names: progress(names, "recordings"))
+        finally:
+            shutil.rmtree(work / "unpacked", ignore_errors=True)
 
 
 def _gather(entry: DataSet, work: Path, source: str, mirror: str, progress: Callable) -> tuple[list[Path], bool]:

@@ -29,6 +29,11 @@ import soundfile
 from . import audio
 from .cli import UserError
 
+try:
+    import fcntl                                        # Linux and macOS
+except ImportError:
+    fcntl = None
+
 SPLITS = ("train", "val", "test")
 CARD, COUNTED = "card.json", ("splits", "hours", "sha256")
 HALF_LETTER = re.compile("[\ud800-\udfff]")             # half of a pair of UTF-16, which no file can hold
@@ -141,6 +146,28 @@ def check_replaceable(out) -> None:
 
 
 @contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Only this process makes `folder` while the block runs; UserError where another does."""
+    path = folder.with_name(f".{folder.name}.lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "w")
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror}); give another --out") from None
+    with file:
+        try:
+            if fcntl:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)       # released by a kill too
+        except (BlockingIOError, PermissionError):
+            raise UserError(f"{folder}: another process is preparing it; wait for its end, or give another --out") from None
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):                         # Windows keeps what is open
+                path.unlink()
+
+
+@contextlib.contextmanager
 def dataset_folder(out) -> Iterator[Path]:
     """A new folder to fill; it gets the name `out` when the block ends well, and vanishes otherwise.
 
@@ -150,21 +177,19 @@ def dataset_folder(out) -> Iterator[Path]:
     check_replaceable(out)
     out = Path(out).resolve()
     partial, old = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.old")
-    for left_over in (partial, old):
-        shutil.rmtree(left_over, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror}); give another --out") from None
-    try:
-        yield partial
-        assert (partial / CARD).is_file(), f"got no {CARD} in {partial}, expected write_card to be called last"
-        if out.exists():
-            os.replace(out, old)
-        os.replace(partial, out)
-    finally:
+    with alone(out):
         for left_over in (partial, old):
             shutil.rmtree(left_over, ignore_errors=True)
+        partial.mkdir()
+        try:
+            yield partial
+            assert (partial / CARD).is_file(), f"got no {CARD} in {partial}, expected write_card to be called last"
+            if out.exists():
+                os.replace(out, old)
+            os.replace(partial, out)
+        finally:
+            for left_over in (partial, old):
+                shutil.rmtree(left_over, ignore_errors=True)
 
 
 def write_card(folder, **facts) -> dict:

@@ -1,5 +1,8 @@
 """manifest.py: rows, cards and folders of prepared data sets are whole, or what is wrong with them is named."""
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -89,9 +92,20 @@ def test_a_link_leads_to_the_data_set(tmp_path):
     assert (tmp_path / "a").is_symlink() and {path.name for path in tmp_path.iterdir()} == {"a", "big disk"}
 
 
+def test_two_processes_do_not_make_one_data_set(tmp_path):
+    """The second is refused, and takes nothing from the first."""
+    start = f"from af_min import manifest\nwith manifest.dataset_folder({str(tmp_path / 'a')!r}): pass"
+    with manifest.dataset_folder(tmp_path / "a") as folder:
+        (folder / "x").touch()
+        second = subprocess.run([sys.executable, "-c", start], cwd=Path(manifest.__file__).parents[1], capture_output=True, text=True)
+        assert "another process is preparing it" in second.stderr
+        manifest.write_card(folder, source="first")
+    assert {path.name for path in (tmp_path / "a").iterdir()} == {"x", "card.json"} and [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
 def test_a_data_set_cannot_lie_in_a_file(tmp_path):
     (tmp_path / "a").touch()
-    with pytest.raises(UserError, match="a/b: cannot be written .Not a directory"):
+    with pytest.raises(UserError, match="a/b: cannot be written"):
         with manifest.dataset_folder(tmp_path / "a" / "b"):
             pass
 
