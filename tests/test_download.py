@@ -151,13 +151,13 @@ def test_a_disk_that_fills_up_is_no_fault_of_the_address(site, monkeypatch, numb
 CONTENT = {"top.csv": b"a,b\n", "deep/\u00fcn\u00ef.wav": DATA[:70_000], "deep/er/x.wav": DATA[:50_000], "empty.wav": b""}
 
 
-def make_zip(path, content, **kind):
+def make_zip(path, content):
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, data in content.items():
             archive.writestr(name, data)
 
 
-def make_tar(path, content, **kind):
+def make_tar(path, content):
     with tarfile.open(path, "w:gz" if path.name.endswith("gz") else "w") as archive:
         for name, data in content.items():
             info = tarfile.TarInfo(name)

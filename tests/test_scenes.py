@@ -27,10 +27,6 @@ def parts(row):
     return [part for part in (row, *row.get("shots", []), *row.get("pool", [])) if "audio" in part]
 
 
-def answers(row):
-    return [p["answer"] for p in parts(row) if "answer" in p] + [t["assistant"] for t in row.get("turns", [])]
-
-
 def told(row):
     """The events of a scene, (length, pitch, name), out of its description."""
     return [tuple(event.split()) for event in row["description"].split(" then ")]
