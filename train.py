@@ -155,11 +155,8 @@ def main() -> None:
     prepare(args, world)
     folders, run = data.parse_data(args.data), Path("runs") / args.name
     with contextlib.ExitStack() as held:
-        if world.rank == 0 and not args.resume:
-            with checkpoint.writing(run):
-                run.mkdir(parents=True, exist_ok=True)
-        if world.rank == 0 and run.exists():
-            held.enter_context(cli.alone(run))
+        if world.rank == 0:
+            held.enter_context(cli.alone(run, "--name"))
         train(args, world, folders, run)
 
 
@@ -281,6 +278,7 @@ def start_from(args: Args, folders, run: Path, world: World):
         if (run / "config.json").exists():
             check_rows(folders, stages_of(args))
         with checkpoint.writing(run):
+            run.mkdir(parents=True, exist_ok=True)
             checkpoint.forget(run, but_weights=bool(home) and home.resolve() == run.resolve())
             checkpoint.save_settings(run, config, tokenizer, {"args": asdict(args)})
             if home and not (run / checkpoint.TEXT_TOWER).exists() and (home / checkpoint.TEXT_TOWER).exists():

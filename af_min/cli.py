@@ -71,19 +71,27 @@ def at_least(args, **limits: float) -> None:
 
 
 @contextlib.contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """UserError where another command holds the folder: two that write to it would mix their files."""
-    with contextlib.ExitStack() as stack:
-        if fcntl:
-            handle = os.open(folder, os.O_RDONLY)  # closed by a kill too
-            stack.callback(os.close, handle)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"{folder}: another training is writing there; wait until it has ended, or give another --name") from None
-            except OSError:                        # a file system without locks
-                pass
-        yield
+def alone(folder: Path, option: str) -> Iterator[None]:
+    """UserError where another process writes to `folder`: two would mix their files. `option` names another folder."""
+    lock = folder.with_name(f".{folder.name}.lock")
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        file = open(lock, "w")
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror}); give another {option}") from None
+    with file:
+        try:
+            if fcntl:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)       # released by a kill too; a fork does not hold it
+        except (BlockingIOError, PermissionError):
+            raise UserError(f"{folder}: another process is writing there; wait until it has ended, or give another {option}") from None
+        except OSError:                                                # a file system without locks
+            pass
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):                         # Windows keeps what is open
+                lock.unlink()
 
 
 def glibc(function: str, *numbers: int) -> None:

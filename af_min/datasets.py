@@ -16,7 +16,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from . import folder, manifest, readers
-from .cli import UserError
+from .cli import UserError, alone
 from .download import File, WrongChecksum, fetch, is_archive, need_space, unpack, verify
 
 ASK_PAGE = "see the data set's page"
@@ -174,7 +174,7 @@ def prepare(name: str, out, source: str = "", mirror: str = "", limit: int = 0, 
                         f"--source. Names: {entry.bring}")
     if source and not Path(source).is_dir():
         raise UserError(f"--source {source}: there is no such folder")
-    with manifest.alone(work):
+    with alone(work, "--out"):
         try:
             archives, published = _gather(entry, work, source, mirror, progress)
             facts = {"source": entry.page, "licence": entry.licence, "cite": entry.cite} if published else {

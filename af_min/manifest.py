@@ -27,12 +27,7 @@ from pathlib import Path
 import soundfile
 
 from . import audio
-from .cli import UserError
-
-try:
-    import fcntl                                        # Linux and macOS
-except ImportError:
-    fcntl = None
+from .cli import UserError, alone
 
 SPLITS = ("train", "val", "test")
 CARD, COUNTED = "card.json", ("splits", "hours", "sha256")
@@ -146,28 +141,6 @@ def check_replaceable(out) -> None:
 
 
 @contextlib.contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Only this process makes `folder` while the block runs; UserError where another does."""
-    path = folder.with_name(f".{folder.name}.lock")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "w")
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror}); give another --out") from None
-    with file:
-        try:
-            if fcntl:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)       # released by a kill too
-        except (BlockingIOError, PermissionError):
-            raise UserError(f"{folder}: another process is preparing it; wait for its end, or give another --out") from None
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):                         # Windows keeps what is open
-                path.unlink()
-
-
-@contextlib.contextmanager
 def dataset_folder(out) -> Iterator[Path]:
     """A new folder to fill; it gets the name `out` when the block ends well, and vanishes otherwise.
 
@@ -177,7 +150,7 @@ def dataset_folder(out) -> Iterator[Path]:
     check_replaceable(out)
     out = Path(out).resolve()
     partial, old = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.old")
-    with alone(out):
+    with alone(out, "--out"):
         for left_over in (partial, old):
             shutil.rmtree(left_over, ignore_errors=True)
         partial.mkdir()

@@ -98,7 +98,7 @@ def test_two_processes_do_not_make_one_data_set(tmp_path):
     with manifest.dataset_folder(tmp_path / "a") as folder:
         (folder / "x").touch()
         second = subprocess.run([sys.executable, "-c", start], cwd=Path(manifest.__file__).parents[1], capture_output=True, text=True)
-        assert "another process is preparing it" in second.stderr
+        assert "another process is writing there" in second.stderr
         manifest.write_card(folder, source="first")
     assert {path.name for path in (tmp_path / "a").iterdir()} == {"x", "card.json"} and [path.name for path in tmp_path.iterdir()] == ["a"]
 

@@ -1,12 +1,14 @@
 """train.py, prepare_data.py, checkpoint.py: a user's mistake, or a damaged file, is told in one line."""
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 from safetensors.torch import save_file
 
 import micro
-from af_min import checkpoint, cli, config, manifest
+from af_min import checkpoint, config, manifest
 from af_min.cli import UserError
 from af_min.config import TINY, Config
 from af_min.text import Tokenizer
@@ -86,9 +88,12 @@ def test_a_row_with_more_recordings_than_the_model_takes_is_told(scenes_data, tm
 def test_two_trainings_do_not_write_to_one_run(trained, scenes_data, capsys, flags):
     """The second is told; what the first has written stays."""
     before = sorted(trained[0].rglob("*"))
-    with cli.alone(trained[0]):
+    first = f"import pathlib, sys; from af_min.cli import alone\nwith alone(pathlib.Path({str(trained[0])!r}), '-'): print(1, flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", first], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT) as held:
+        held.stdout.readline()
         said = mistake(capsys, TRAIN, trained[0].parents[1], "--preset", "micro", "--data", scenes_data, "--name", "whole", *flags)
-    assert "runs/whole: another training is writing there" in said and sorted(trained[0].rglob("*")) == before
+        held.communicate(b"\n")
+    assert "runs/whole: another process is writing there" in said and sorted(trained[0].rglob("*")) == before
 
 
 def test_resuming_with_another_stage_is_a_mistake_that_is_explained(trained, scenes_data, capsys):
