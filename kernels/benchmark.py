@@ -6,7 +6,8 @@
 
 The first takes --minutes and at most one more: what has not begun by then becomes a line that says so, the dearest to compile
 comes last. benchmark.csv, with device and versions in its first line, is replaced as a whole after every measurement,
-benchmark.png after every table: a run that is killed leaves what it had measured.
+benchmark.png after every table: a run that is killed leaves what it had measured. What fails, be it the correctness, becomes a line
+too, its traceback goes into errors.txt, the rest goes on, and the exit code is 2.
 
 Core: q (B, 8, T, 64) against L audio tokens, kv_len in equal shots, forward / backward / both. Baselines get the same tensors in
 the same run: einsum with a (T, L) mask built on every call, as the released code does; SDPA with a boolean mask, cuDNN and
@@ -32,6 +33,7 @@ import statistics
 import subprocess
 import sys
 import time
+import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 from unittest import mock
@@ -56,7 +58,7 @@ class Settings:
     """Times the kernels and their baselines on a GPU; `--cpu` compares the CPU path with PyTorch's fused attention."""
     cpu: bool = cli.flag(False, "report the CPU path's time over that of SDPA with a ready-made mask")
     dry: bool = cli.flag(False, "every measurement once, with tiny shapes, on the CPU: are there mistakes? no figures")
-    out: str = cli.flag("kernels/results", "folder for benchmark.csv, benchmark.png, profiles, tests.txt (--dry: a folder in it)")
+    out: str = cli.flag("kernels/results", "folder for benchmark.csv, benchmark.png, profiles, tests.txt, errors.txt (--dry: a folder in it)")
     minutes: float = cli.flag(8.0, "begin no measurement after so long")
 
 
@@ -68,7 +70,8 @@ class Bench:
     dry: bool = False
     deadline: float = math.inf                               # time.monotonic() from which nothing begins
     rows: list = field(default_factory=list)
-    roof: tuple[float, float] = (1.0, 1.0)                   # bytes/s, bf16 FLOP/s
+    roof: tuple[float, float] = (math.inf, math.inf)         # bytes/s, bf16 FLOP/s
+    errors: str = ""
 
     @property
     def device(self) -> str:
@@ -165,16 +168,26 @@ class Bench:
                   f"{peak:.1f} MiB", flush=True)
         self.keep(*rows)
 
-    def attempt(self, table, shape, name, run, **work) -> None:
-        """One implementation; what it cannot do becomes a line that says so: a missing baseline is visible, the rest goes on."""
+    def missing(self, table, shape, name, reason: str) -> None:
+        print(f"{table:10} {shape:24} {name:32} not run: {reason}", flush=True)
+        self.keep((table, shape, name, "not run: " + reason, *[""] * 6))
+
+    @contextlib.contextmanager
+    def surviving(self, table, shape="all", name="kernels"):
+        """What fails within it becomes a line that says so, and a traceback in errors.txt; the rest goes on."""
         try:
-            if time.monotonic() > self.deadline:
-                raise RuntimeError("no time left")
-            self.add(table, shape, name, run(), **work)
+            yield
         except (RuntimeError, ImportError) if self.dry else Exception as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:100]
-            print(f"{table:10} {shape:24} {name:32} not run: {reason}", flush=True)
-            self.keep((table, shape, name, "not run: " + reason, *[""] * 6))
+            self.missing(table, shape, name, (str(error).strip() or type(error).__name__).splitlines()[0][:100])
+            self.errors += f"{table}, {shape}, {name}\n{traceback.format_exc()}\n"
+            self.write("errors.txt", self.errors)
+
+    def attempt(self, table, shape, name, run, **work) -> None:
+        """One implementation, if there is time; a missing baseline is visible."""
+        if time.monotonic() > self.deadline:
+            return self.missing(table, shape, name, "no time left")
+        with self.surviving(table, shape, name):
+            self.add(table, shape, name, run(), **work)
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------------
@@ -326,21 +339,29 @@ def run_tests(bench: Bench) -> None:
     bench.keep(("tests", "all", "kernels", "; ".join(text.splitlines()[-1].strip("= ") for text in told), *[""] * 6))
 
 
+def model_table(bench: Bench) -> None:
+    from . import benchmark_model                 # wants packages that the kernels do without
+    benchmark_model.table(bench)
+
+
 def measure(bench: Bench) -> None:
     """Correctness, then table after table."""
-    from . import benchmark_model
     print(bench.title, flush=True)
     bench.keep()
-    check(*([(5, 9), (1, 12)], ((1, 4, 8, 2),), 1, "cpu") * bench.dry)
-    bench.measure_roof()
     core = [[(1, 4, 8, 1), (1, 4, 8, 2)]] * bench.dry
-    for table in (lambda: core_table(bench, *core), lambda: benchmark_model.table(bench),
-                  lambda: block_table(bench, *([(1, 4, 8, 2)], 64) * bench.dry),
-                  lambda: projection_table(bench, *([(3, 8)], 64, 2, [4]) * bench.dry),
-                  lambda: bench.attempt("tests", "all", "kernels", lambda: run_tests(bench) or {}),
-                  lambda: core_table(bench, *core, compiled=True)):
-        table()
-        plot(bench)
+    for name, table in (("check", lambda: check(*([(5, 9), (1, 12)], ((1, 4, 8, 2),), 1, "cpu") * bench.dry)),
+                        ("roofline", bench.measure_roof),
+                        ("core", lambda: core_table(bench, *core)),
+                        ("model", lambda: model_table(bench)),
+                        ("block", lambda: block_table(bench, *([(1, 4, 8, 2)], 64) * bench.dry)),
+                        ("projection", lambda: projection_table(bench, *([(3, 8)], 64, 2, [4]) * bench.dry)),
+                        ("tests", lambda: bench.attempt("tests", "all", "kernels", lambda: run_tests(bench) or {})),
+                        ("core", lambda: core_table(bench, *core, compiled=True))):
+        with bench.surviving(name):
+            table()
+        torch.cuda.empty_cache()                  # the tests are processes of their own, which need memory too
+        with bench.surviving("plot"):
+            plot(bench)
 
 
 def main() -> None:
@@ -364,6 +385,7 @@ def main() -> None:
     autograd_config.donated_buffer = False            # the backward pass is timed alone, on a graph that is kept
     bench = Bench(Path(settings.out, "dry" if settings.dry else ""), title, settings.dry, started + 60 * settings.minutes)
     bench.folder.mkdir(parents=True, exist_ok=True)
+    (bench.folder / "errors.txt").unlink(missing_ok=True)
     measure(bench)
     failed = [row for row in bench.rows
               if row[3].startswith("not run") and row[2].startswith(("ours", "kernels", "fused", "folded"))]

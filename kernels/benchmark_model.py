@@ -7,6 +7,8 @@ weights in bf16; a step reads one token into the caches and picks the next, an a
 from __future__ import annotations
 
 import dataclasses
+import os
+
 import torch
 
 from af_min.config import PRESETS
@@ -25,15 +27,17 @@ def batch(model: AudioFlamingo, B: int, T: int) -> tuple[torch.Tensor, torch.Ten
     return torch.randn(B * SHOTS, W, config.clap.out_width, device=device), torch.full((B, SHOTS), W, device=device), ids
 
 
-def profile(run, bench, name: str) -> None:
+def profile(run, bench, name: str) -> dict:
     """Where the time of one call goes, the twenty dearest operators."""
     from torch.profiler import ProfilerActivity
+    os.environ |= {"DISABLE_CUPTI_LAZY_REINIT": "1", "TEARDOWN_CUPTI": "0"}       # as torch sets where it replays CUDA graphs of its own
     with torch.profiler.profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (not bench.dry)) as record:
         run()
         if not bench.dry:
             torch.cuda.synchronize()
     order = "self_cpu_time_total" if bench.dry else "self_device_time_total"
     bench.write(f"profile-{name}.txt".replace(", ", "-").replace(" ", "-"), record.key_averages().table(sort_by=order, row_limit=20))
+    return {}
 
 
 def training(model: AudioFlamingo, B: int, T: int):
@@ -105,9 +109,9 @@ def table(bench) -> None:
                 runs = {"step": training(model, B, T)} if train else decoding(model, B, T, new, name.endswith("graph"))
                 for run in runs.values():
                     run()
-                if which == "triton":
-                    for part in [part for part in ("prompt", "step") if part in runs]:
-                        profile(runs[part], bench, f"{shape} {name} {part}")
-                return {part: bench.time(run, 1000, ahead=False) for part, run in runs.items()}
+                times = {part: bench.time(run, 1000, ahead=False) for part, run in runs.items()}
+                for part in [part for part in ("prompt", "step") if part in runs and which == "triton"]:
+                    bench.attempt("profile", shape, f"{name}, {part}", lambda: profile(runs[part], bench, f"{shape} {name} {part}"))
+                return times
             with bench.backend(which), torch.set_grad_enabled(train):
                 bench.attempt("model", shape, name, measure)

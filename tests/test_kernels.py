@@ -214,7 +214,7 @@ def test_a_dry_run_goes_through_every_measurement(tmp_path):
 
 @needs_triton
 def test_a_benchmark_that_is_killed_or_runs_out_of_time_leaves_what_it_measured(tmp_path):
-    """SIGKILL while a new benchmark.csv is half written; then a run whose time is up before it begins."""
+    """SIGKILL while a new benchmark.csv is half written; then a run whose time is up before it begins, and of which parts fail."""
     with pytest.raises(AssertionError, match="exit code -9"):
         python("-c", "import os, sys\n"
                "from kernels import benchmark\n"
@@ -236,7 +236,26 @@ def test_a_benchmark_that_is_killed_or_runs_out_of_time_leaves_what_it_measured(
         python("-c", "import sys\n"
                "from kernels import benchmark\n"
                f"sys.argv = ['benchmark', '--dry', '--minutes', '0', '--out', {str(tmp_path)!r}]\n"
-               "benchmark.check = lambda *a: None\n"
+               "def fails(*a, **k):\n"
+               "    raise RuntimeError('broken')\n"
+               "benchmark.check = benchmark.plot = benchmark.block_table = fails\n"
                "benchmark.cli.run(benchmark.main)")
     rows = saved_rows(tmp_path)
-    assert len(rows) > 20 and {row[3] for row in rows} == {"not run: no time left"}
+    assert {row[0] for row in rows if row[3] == "not run: broken"} == {"check", "block", "plot"}
+    late = [row[0] for row in rows if row[3] == "not run: no time left"]
+    assert len(late) > 20 and set(late) == {"core", "model", "projection", "tests"}
+    assert "RuntimeError: broken" in (tmp_path / "dry" / "errors.txt").read_text()
+
+
+def test_a_profile_that_fails_costs_no_measurement(tmp_path, monkeypatch):
+    from kernels import benchmark, benchmark_model
+
+    def fails(*_):
+        raise RuntimeError("no profiler")
+    monkeypatch.setattr(benchmark_model, "training", lambda *_: lambda: None)
+    monkeypatch.setattr(benchmark_model, "decoding", lambda *_: {})
+    monkeypatch.setattr(benchmark_model, "profile", fails)
+    bench = benchmark.Bench(tmp_path, "", dry=True)
+    benchmark_model.table(bench)
+    assert [row[2:4] for row in bench.rows] == [("kernels, step", "not run: no profiler")] \
+        + [(name, "step") for name in ("kernels", "PyTorch", "released form")]
