@@ -99,6 +99,8 @@ def reader(model, state, max_new: int) -> Callable[..., Tensor]:
         try:
             state.step = FixedStep(model, state)
         except (RuntimeError, ValueError) as error:
+            while error.__context__:                   # a recording that breaks off fails again where it ends, without the reason
+                error = error.__context__
             warnings.warn(f"decoding without a CUDA graph: {(str(error).strip() or type(error).__name__).splitlines()[0]}")
             state.step = model.read
     return state.step or model.read

@@ -121,7 +121,10 @@ def test_a_recording_that_fails_is_a_warning_and_the_ordinary_loop(micro_config,
 
     class Fails:
         def __init__(self, model, state):
-            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+            try:
+                raise RuntimeError("operation not permitted when stream is capturing\nmore")
+            finally:
+                raise RuntimeError("operation failed due to a previous error during capture")         # as torch.cuda.graph ends
     monkeypatch.setattr(decoding, "FixedStep", Fails)
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     monkeypatch.delenv("AF_MIN_KERNELS", raising=False)
