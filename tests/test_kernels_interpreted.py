@@ -30,12 +30,11 @@ CASES += [pytest.param(t, l, k, name, marks=pytest.mark.slow)
 @pytest.fixture(autouse=True)
 def poisoned_buffers(monkeypatch):
     """Every buffer that the launch code allocates holds NaN until a kernel writes to it."""
-    if kernels.TRITON_INSTALLED:
-        from kernels import masked_xattn
-        real = masked_xattn.empty_BXHK
-        monkeypatch.setattr(masked_xattn, "empty_BXHK", lambda x: real(x).fill_(NAN))
-    empty_like = torch.empty_like
-    monkeypatch.setattr(torch, "empty_like", lambda x, **k: empty_like(x, **k).fill_(NAN))
+    for owner, name in ((torch, "empty_like"), (torch.Tensor, "new_empty")):
+        def poisoned(*args, real=getattr(owner, name), **named):
+            made = real(*args, **named)
+            return made.fill_(NAN) if made.is_floating_point() else made
+        monkeypatch.setattr(owner, name, poisoned)
 
 
 def make(T, L, K, dtype, heads=2, seed=0):
@@ -224,13 +223,14 @@ def whole_model():
 
 
 def assert_same_model(found):
-    """Every tensor to 1e-5 of its largest value: float32, summed in another order. A bias of all keys alike changes no softmax."""
+    """Every tensor to 1e-5 of its largest value: float32, summed in another order. A bias of all keys alike changes no softmax: its
+    gradient is 0, and what is found in its place the rounding of others."""
     reference = found.pop("reference")
     for (name, want), tensors in itertools.product(reference.items(), found.values()):
         assert tensors.keys() == reference.keys()
-        error, size = float((tensors[name] - want).abs().max()), float(want.abs().max())
-        assert error <= 1e-5 * size + 1e-8, f"{name}: error {error:.1e} of {size:.1e}"
-        assert size > 1e-6 or name.endswith("attention.k.bias"), f"{name}: nothing to compare, all 0"
+        error, size, zero = float((tensors[name] - want).abs().max()), float(want.abs().max()), name.endswith("attention.k.bias")
+        assert error <= 1e-5 * size + (1e-6 if zero else 1e-8), f"{name}: error {error:.1e} of {size:.1e}"
+        assert zero or size > 1e-6, f"{name}: nothing to compare, all 0"
 
 
 def test_whole_model_has_the_same_loss_and_gradients_on_both_backends(monkeypatch):
