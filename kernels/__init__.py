@@ -75,10 +75,11 @@ def use_triton(backend: str | None, tensor: Tensor, head_dim: int | None = None)
 
 
 def masked_cross_attention(q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor, backend: str | None = None) -> Tensor:
-    """q (B, H, T, K), k and v (B, H, L, K) of any strides, kv_len (B, T) int32, non-decreasing in t -> (B, H, T, K).
+    """q (B, H, T, K), k and v (B, H, L, K) of any strides, kv_len (B, T) int32, 0 to L, non-decreasing in t -> (B, H, T, K).
 
     Token t sees the keys 0 .. kv_len[t]-1; kv_len[t] = 0 gives an exact 0 and zero gradients. L may be 0. Keys that no token
-    sees are never used, whatever they hold. Raises UserError for a backend that cannot run."""
+    sees are never used, whatever they hold. Raises UserError for a backend that cannot run. A kv_len beyond L is an error on a CPU; on a
+    GPU, where looking would mean waiting, it reads what lies behind the keys."""
     (B, H, T, K), L = q.shape, k.shape[2]
     assert k.shape == v.shape == (B, H, L, K) and kv_len.shape == (B, T), \
         f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}, kv_len {tuple(kv_len.shape)}, " \

@@ -67,6 +67,7 @@ def attend_cpu(q_BHTK: Tensor, k_BHLK: Tensor, v_BHLK: Tensor, kv_len: Tensor) -
     Keys beyond the longest visible length are cut off. A NaN or inf among the others shows in a sum, a read and no copy: in that
     of the output, or, as the backward pass multiplies by them again, in their own. Only then are the unused ones cleaned."""
     low, longest, mask = additive_mask(kv_len, q_BHTK.dtype)
+    assert longest <= k_BHLK.shape[2], f"got a kv_len of {longest}, expected at most L = {k_BHLK.shape[2]}"
     if longest == 0:
         return attend(q_BHTK, k_BHLK[:, :, :0], v_BHLK[:, :, :0], kv_len)
     if longest < k_BHLK.shape[2]:                              # for one token a slice would cost as much as the attention

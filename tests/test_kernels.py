@@ -85,6 +85,13 @@ def test_no_audio_in_the_batch():
         assert (out == 0).all() and all((g == 0).all() for g in torch.autograd.grad(out.sum(), (q, k, v)))
 
 
+def test_more_visible_keys_than_there_are_is_an_error():
+    q, k, v, kv_len = make()
+    for wrong in (kv_len + 4, torch.full_like(kv_len, 6)):
+        with pytest.raises(AssertionError, match="expected at most L = 5"):
+            kernels.masked_cross_attention(q, k, v, wrong)
+
+
 def test_shared_mask_follows_its_kv_len():
     """Layers share the mask of one kv_len tensor; writing to the tensor, another tensor or precision makes a new one."""
     q, k, v, kv_len = make()
