@@ -28,6 +28,7 @@ from . import checkpoint, cli, manifest
 from .clap import TextTower
 from .cli import UserError, flag
 from .config import Config
+from .scores import swapped
 from .store import Store
 
 
@@ -64,7 +65,7 @@ def read(tower: TextTower, tokenizer, texts: list[str], batch: int = 256) -> np.
 
 
 def similarities(tower: TextTower, tokenizer, store: Store, rows: list[dict]) -> tuple[list[list[float]], list[list[float]]]:
-    """For every turn of every row s with the row's own recording, and with that of the row half the list away."""
+    """For every turn of every row s with the row's own recording, and with another one's."""
     answers = sorted({turn["assistant"] for row in rows for turn in row["turns"]})
     vector = dict(zip(answers, read(tower, tokenizer, answers)))
 
@@ -73,8 +74,7 @@ def similarities(tower: TextTower, tokenizer, store: Store, rows: list[dict]) ->
         windows_WD /= np.linalg.norm(windows_WD, axis=1, keepdims=True).clip(1e-12)
         return [float((windows_WD @ vector[turn["assistant"]]).max()) for turn in row["turns"]]
 
-    moved = rows[len(rows) // 2:] + rows[:len(rows) // 2]
-    return [of(row, row) for row in rows], [of(row, other) for row, other in zip(rows, moved)]
+    return [of(row, row) for row in rows], [of(row, other) for row, other in zip(rows, swapped(rows))]
 
 
 def kept(rows: list[dict], own: list[list[float]], threshold: float) -> list[dict]:

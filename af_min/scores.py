@@ -57,10 +57,13 @@ def with_pool_shots(rows: list[dict], store: Store, how: str, shots: int = 4, se
 
 
 def swapped(rows: list[dict]) -> list[dict]:
-    """Each row with the audio of another one; shots keep theirs."""
-    sounds = [(r["audio"], r["start"]) for r in rows]
-    moved = sounds[len(sounds) // 2:] + sounds[:len(sounds) // 2]
-    return [{**row, "audio": audio, "start": start} for row, (audio, start) in zip(rows, moved)]
+    """Each row with the audio of the one half the list away, or of the first one after that which is about another; shots keep theirs."""
+    sounds, out = [(r["audio"], r["start"]) for r in rows], []
+    for i, own in enumerate(sounds):
+        away = (sounds[(i + len(rows) // 2 + j) % len(rows)] for j in range(len(rows)))
+        audio, start = next((place for place in away if place != own), own)
+        out.append({**rows[i], "audio": audio, "start": start})
+    return out
 
 
 # ---------------------------------------------------------------------- scores

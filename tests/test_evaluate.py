@@ -206,6 +206,15 @@ def test_the_embedded_sets_table_has_its_rows_and_goes_on_where_it_stopped(scene
     assert "swapped" in capsys.readouterr().out
 
 
+def test_every_item_is_swapped_with_another_recording():
+    """Also where all recordings are asked about one thing and then, in the same order, about another."""
+    rows = [{"audio": f"{n}.wav", "start": 0.0, "prompt": prompt} for prompt in "ab" for n in range(6)]
+    moved = scores.swapped(rows)
+    assert [row["prompt"] for row in moved] == ["a"] * 6 + ["b"] * 6
+    assert all(row["audio"] != other["audio"] for row, other in zip(rows, moved)) and len({row["audio"] for row in moved}) == 6
+    assert [row["audio"] for row in scores.swapped(rows[:6])] == [f"{n}.wav" for n in (3, 4, 5, 0, 1, 2)]
+
+
 def test_a_row_of_the_embedded_table_is_what_its_answers_make_it():
     said, truths = ["bell then dog", "dog", "horn", "horn"] * 50, ["dog then bell", "dog", "bell", "horn"] * 50
     score = scores.scored("x", said, truths, 0.25, ["dog"] * 200, ["horn"] * 200)
