@@ -98,7 +98,7 @@ def fitting(rows: list[dict], answerer: Answerer) -> tuple[list[dict], int]:
 def measures(task: str, answers: list[str], references: list[list[str]]) -> dict[str, Measure]:
     """What is measured of a task's answers, by name."""
     found: dict[str, Measure] = {}
-    words = text.prefix(task) in (text.PREFIXES["AudioCaptioning"], text.PREFIXES["Dialogue"])
+    words = text.prefix(task).endswith((" captioning. ", text.PREFIXES["Dialogue"]))
     if words:
         said, refs = [metrics.words(a) for a in answers], [[metrics.words(r) for r in rs] for rs in references]
         cider, rouge, counts = metrics.cider_d(said, refs), metrics.rouge_l(said, refs), metrics.bleu_counts(said, refs)

@@ -176,6 +176,12 @@ def test_any_annotators_answer_is_right_and_unanimous_questions_are_scored_apart
     assert set(evaluate.measures("AQA", ["yes"], [["yes"]])) == {"exact"}
 
 
+def test_captions_of_music_are_captions_too():
+    said, references = ["a dog", "rain"], [["a dog"], ["a bell"]]
+    expected = evaluate.measures("AudioCaptioning", said, references)
+    assert set(evaluate.measures("MusicCaptioning", said, references)) == set(expected) and "CIDEr-D" in expected
+
+
 def test_tags_get_f1_and_average_precision():
     entries = [{"references": ["dog, bark"], "likelihoods": {"bark": -1.0, "bell": -3.0, "dog": -2.0}},
                {"references": ["bell"], "likelihoods": {"bark": -2.0, "bell": -4.0, "dog": -3.0}}]
