@@ -15,7 +15,6 @@ output, all else to standard error. With a `tiny` run on one CPU core the first 
 """
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import math
@@ -34,6 +33,7 @@ from af_min.answering import answer, grouped, read, score
 from af_min.audio import MIN_SECONDS, AudioError
 from af_min.cli import UserError, flag
 from af_min.flamingo import AudioFlamingo, Sampling, State
+from af_min.manifest import HALF_LETTER
 from af_min.retrieval import Heard, Library, Place, hear
 from af_min.text import Sample, Tokenizer, write_sample
 
@@ -80,6 +80,8 @@ def check(args: Args) -> None:
 
     need(bool(args.audio), "--audio is missing: name at least one recording")
     need(bool(args.prompt.strip()), "--prompt is empty: ask something")
+    for name, words in (("prompt", args.prompt), ("task", args.task), ("options", args.options), *(("shot", said) for _, said in args.shot)):
+        need(not HALF_LETTER.search(words), f"--{name} {words!r}: not UTF-8 text")
     for name, value, least in (("temperature", args.temperature, 0), ("top-k", args.top_k, 0), ("max-new", args.max_new, 1),
                                ("shots", args.shots, 0)):
         need(least <= value < math.inf, f"--{name} {value}: expected {least} or more")
@@ -236,11 +238,16 @@ class Dialogue:
 # ---------------------------------------------------------------------- the command
 
 def questions() -> Iterator[str]:
-    """Lines of the terminal until `exit` or the end of input; empty ones are passed over."""
-    with contextlib.suppress(EOFError):
+    """Lines of the terminal until `exit` or the end of input; empty ones are passed over. UserError for what is no text."""
+    try:
         while (line := input("user: " if sys.stdin.isatty() else "").strip()).lower() != "exit":
+            line.encode()
             if line:
                 yield line
+    except EOFError:
+        return
+    except UnicodeError:
+        raise UserError("the question is not UTF-8 text") from None
 
 
 def chat(args: Args, model: AudioFlamingo, tokenizer: Tokenizer, sampling: Sampling) -> None:
@@ -316,6 +323,7 @@ def ask(args: Args, model: AudioFlamingo, tokenizer: Tokenizer, sampling: Sampli
 def main() -> None:
     args = cli.parse(Args, description=__doc__)
     check(args)
+    sys.stdout.reconfigure(errors="surrogateescape")       # the name of a file may hold bytes that are not UTF-8
     device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
     model, tokenizer = checkpoint.load_run(Path(args.run), device)
     model.lm.pack()

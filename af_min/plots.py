@@ -76,7 +76,7 @@ def word_attention(model: AudioFlamingo, tokenizer: Tokenizer, prompt: list[int]
 
 def plain(words: str, limit: int = 24) -> str:
     """Words as a label: at most `limit` characters, no line breaks, a dollar sign is a dollar sign and no formula."""
-    words = " ".join(words.split())
+    words = " ".join(words.split()).encode(errors="replace").decode()           # half letters, which no font can draw
     return (words if len(words) <= limit else words[:limit - 1] + "…").replace("$", r"\$")
 
 

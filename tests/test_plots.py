@@ -95,6 +95,7 @@ def test_words_hold_every_token_once_and_whole_characters(tokenizer):
 
 def test_labels_are_short_and_never_formulas():
     assert plots.plain("a $x$\n b") == r"a \$x\$ b" and len(plots.plain("x" * 99)) == 24
+    assert plots.plain("caf\udce9") == "caf?"
 
 
 SHARED = [[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 1, 1]]      # windows of audio 1, 1, 2; text 1 is 4 tokens, text 2 two

@@ -1,6 +1,8 @@
 """sample.py: what the command prints is what a plain, uncached reading of the same text says; mistakes are one clear line."""
 import dataclasses
 import io
+import os
+import shutil
 import subprocess
 import sys
 import weakref
@@ -302,6 +304,8 @@ def test_chat_reads_lines_until_exit(command):
     code, out, err = command("--audio", "dog.wav", "--chat", "--max-new", "5", stdin="what is it?\n\nis it low?\nexit\nnever\n")
     assert code == 0 and out.count("assistant: ") == 2 and err.count("tokens at") <= 2
     assert command("--audio", "dog.wav", "--chat", "--max-new", "5", stdin="what is it?\n")[1].count("assistant: ") == 1
+    code, out, err = command("--audio", "dog.wav", "--chat", "--max-new", "5", stdin="what is it?\n\udce9\n")
+    assert code == 2 and out.count("assistant: ") == 1 and err.endswith("error: the question is not UTF-8 text\n")
 
 
 # ---------------------------------------------------------------------- printing
@@ -360,41 +364,36 @@ def test_typed_special_tokens_are_text(model, tokenizer, place):
 
 
 @pytest.mark.parametrize("argv, told", [
-    ([], "--audio is missing"),
-    (["--audio", "none.wav"], "none.wav: missing"),
-    (["--audio", "data/card.json"], "card.json: unreadable"),
-    (["--audio", "dog.wav", "--run", "nowhere"], "nowhere: no trained model"),
-    (["--audio", "dog.wav", "--prompt", " "], "--prompt is empty"),
+    ([], "--audio is missing"), (["--audio", "none.wav"], "none.wav: missing"), (["--audio", "data/card.json"], "card.json: unreadable"),
+    (["--audio", "dog.wav", "--run", "nowhere"], "nowhere: no trained model"), (["--audio", "dog.wav", "--prompt", " "], "--prompt is empty"),
+    (["--audio", "dog.wav", "--prompt", "caf\udce9?"], r"--prompt 'caf\udce9?': not UTF-8 text"),
+    (["--audio", "dog.wav", "--options", "a,\udce9"], "--options 'a,"), (["--audio", "dog.wav", "--shot", "bell.wav", "\udce9"], "--shot '"),
     (["--audio", "dog.wav", "--temperature", "-1"], "--temperature -1.0"),
-    (["--audio", "dog.wav", "--temperature", "nan"], "--temperature nan"),
-    (["--audio", "dog.wav", "--top-p", "0"], "--top-p 0.0"),
-    (["--audio", "dog.wav", "--max-new", "0"], "--max-new 0"),
-    (["--audio", "dog.wav", "--options", "dog"], "two or more different answers"),
+    (["--audio", "dog.wav", "--temperature", "nan"], "--temperature nan"), (["--audio", "dog.wav", "--top-p", "0"], "--top-p 0.0"),
+    (["--audio", "dog.wav", "--max-new", "0"], "--max-new 0"), (["--audio", "dog.wav", "--options", "dog"], "two or more different answers"),
     (["--audio", "dog.wav", "--options", "dog,Dog"], "two or more different answers"),
     (["--audio", "dog.wav", "--options", f"dog,{'horn then dog ' * 300}"], "does not fit"),
     (["--audio", "dog.wav", "--prompt", "bell " * 600], "tokens long"),
     (["--audio", "dog.wav", "bell.wav", "--chat"], "--chat and --plot take one recording"),
     (["--audio", "dog.wav", "--chat", "--options", "a,b"], "--chat and --options"),
     (["--audio", "dog.wav", "--shots", "2", "--shot", "bell.wav", "x"], "use one of the two"),
-    (["--audio", "dog.wav", "--shot", "none.wav", "x"], "none.wav: missing"),
-    (["--audio", "dog.wav", "--shots", "9"], "9 audios at most"),
-    (["--audio", "dog.wav", "--shots", "6"], "--shots 6: there are only 5"),
-    (["--audio", "dog.wav", "--shots", "1", "--task", "Nope"], "Nope"),
+    (["--audio", "dog.wav", "--shot", "none.wav", "x"], "none.wav: missing"), (["--audio", "dog.wav", "--shots", "9"], "9 audios at most"),
+    (["--audio", "dog.wav", "--shots", "6"], "--shots 6: there are only 5"), (["--audio", "dog.wav", "--shots", "1", "--task", "Nope"], "Nope"),
     (["--audio", "dog.wav", "--shots", "1", "--data", "nowhere"], "nowhere: no prepared data set"),
-    (["--audio", "dog.wav", "--plot", "out.txt"], "must end with"),
-    (["--audio", "dog.wav", "--plot", "nowhere/out.png"], "no such folder"),
+    (["--audio", "dog.wav", "--plot", "out.txt"], "must end with"), (["--audio", "dog.wav", "--plot", "nowhere/out.png"], "no such folder"),
 ])
 def test_a_mistake_is_one_line_and_exit_code_2(command, argv, told):
     code, out, err = command(*argv)
-    lines = [line for line in err.splitlines() if not line.startswith("shot for")]
+    lines = [line for line in err.splitlines() if not line.startswith(("shot for", "encoding"))]
     assert code == 2 and out == "" and len(lines) == 1 and lines[0].startswith("error: ") and told in lines[0]
 
 
 def test_a_run_folder_alone_answers_from_the_command_line(place, tmp_path):
-    """A process of its own, elsewhere, without the data set; and an unknown flag is an error."""
-    script = Path(sample.__file__)
-    done = subprocess.run([sys.executable, script, "--run", place / "run", "--audio", place / "dog.wav"], cwd=tmp_path, text=True,
-                          capture_output=True)
-    assert done.returncode == 0 and done.stdout.strip() and "Traceback" not in done.stderr
+    """A process of its own, elsewhere, without the data set; names of any bytes come out as they went in; an unknown flag is an error."""
+    script, name = Path(sample.__file__), os.fsencode(place / "caf") + b"\xe9.wav"
+    shutil.copy(place / "dog.wav", name)
+    done = subprocess.run([sys.executable, script, "--run", place / "run", "--audio", place / "dog.wav", name], cwd=tmp_path,
+                          env=os.environ | {"PYTHONIOENCODING": "utf-8:strict"}, capture_output=True)
+    assert done.returncode == 0 and b"\n" + name + b": " in done.stdout and b"Traceback" not in done.stderr
     done = subprocess.run([sys.executable, script, "--audios", "x.wav"], cwd=tmp_path, text=True, capture_output=True)
     assert done.returncode == 2 and "--audios" in done.stderr and "Traceback" not in done.stderr
