@@ -83,7 +83,7 @@ def check(args: Args) -> None:
     for name, words in (("prompt", args.prompt), ("task", args.task), ("options", args.options), *(("shot", said) for _, said in args.shot)):
         need(not HALF_LETTER.search(words), f"--{name} {words!r}: not UTF-8 text")
     for name, value, least in (("temperature", args.temperature, 0), ("top-k", args.top_k, 0), ("max-new", args.max_new, 1),
-                               ("shots", args.shots, 0)):
+                               ("shots", args.shots, 0), ("seed", args.seed, 0)):
         need(least <= value < math.inf, f"--{name} {value}: expected {least} or more")
     need(0 < args.top_p <= 1, f"--top-p {args.top_p}: expected above 0 and at most 1")
     need(all(answer.strip() for _, answer in args.shot), "--shot FILE ANSWER: the answer is empty")

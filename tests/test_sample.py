@@ -368,6 +368,7 @@ def test_typed_special_tokens_are_text(model, tokenizer, place):
     (["--audio", "dog.wav", "--run", "nowhere"], "nowhere: no trained model"), (["--audio", "dog.wav", "--prompt", " "], "--prompt is empty"),
     (["--audio", "dog.wav", "--prompt", "caf\udce9?"], r"--prompt 'caf\udce9?': not UTF-8 text"),
     (["--audio", "dog.wav", "--options", "a,\udce9"], "--options 'a,"), (["--audio", "dog.wav", "--shot", "bell.wav", "\udce9"], "--shot '"),
+    (["--audio", "dog.wav", "--shots", "2", "--shots-from", "random", "--seed", "-1"], "--seed -1"),
     (["--audio", "dog.wav", "--temperature", "-1"], "--temperature -1.0"),
     (["--audio", "dog.wav", "--temperature", "nan"], "--temperature nan"), (["--audio", "dog.wav", "--top-p", "0"], "--top-p 0.0"),
     (["--audio", "dog.wav", "--max-new", "0"], "--max-new 0"), (["--audio", "dog.wav", "--options", "dog"], "two or more different answers"),
