@@ -99,7 +99,7 @@ def inspect(path) -> float:
 
 def _open(path) -> soundfile.SoundFile:
     if not os.path.isfile(path):                                # False too where a name is too long to be one
-        raise AudioError(path, "missing", "there is no such file")
+        raise AudioError(path, "missing", "a folder; name the recordings in it" if os.path.isdir(path) else "there is no such file")
     if Path(path).stat().st_size == 0:
         raise AudioError(path, "empty", "the file has 0 bytes")
     try:

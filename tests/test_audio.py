@@ -186,6 +186,8 @@ def test_missing_empty_and_folder(tmp_path):
     refused(tmp_path / "no.wav", "missing")
     refused(tmp_path, "missing")
     refused(tmp_path / ("x" * 300), "missing")                     # longer than any name may be
+    with pytest.raises(AudioError, match="a folder"):
+        load(tmp_path, 16_000)
     (tmp_path / "x.wav").touch()
     refused(tmp_path / "x.wav", "empty")
     soundfile.write(tmp_path / "y.wav", np.zeros(0), 16_000)
