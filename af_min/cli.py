@@ -9,6 +9,7 @@ import errno
 import gc
 import os
 import sys
+import textwrap
 import typing
 from collections.abc import Iterator
 from dataclasses import MISSING
@@ -36,7 +37,8 @@ class Parser(argparse.ArgumentParser):
     """Answers a wrong flag in one line, without the whole usage before it."""
 
     def error(self, message: str):
-        self.exit(2, f"error: {message}; {self.prog} -h lists the flags\n")
+        dashed = next((f"write the file {word} as ./{word}; " for word in sys.argv[1:] if word.startswith("-") and os.path.exists(word)), "")
+        self.exit(2, f"error: {textwrap.shorten(message, 1000)}; {dashed}{self.prog} -h lists the flags\n")
 
 
 def parse(cls, argv: list[str] | None = None, description: str | None = None, saved: dict | None = None):

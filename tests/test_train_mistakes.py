@@ -130,9 +130,13 @@ def test_a_folder_of_recordings_becomes_a_data_set_that_trains(tmp_path, capsys)
 
 
 def test_the_real_command_line_answers_a_mistake_with_one_line(tmp_path):
-    for script, flags in (("train.py", ["--data", "nowhere"]), ("prepare_data.py", ["--dataset", "scenes", "--out", __file__])):
+    """And where `*.wav` holds a name that begins with a dash, the line says how to write it."""
+    (tmp_path / "-x.wav").touch()
+    for script, flags, says in (("train.py", ["--data", "nowhere"], "nowhere"),
+                                ("prepare_data.py", ["--dataset", "scenes", "--out", __file__], __file__),
+                                ("sample.py", ["--audio", "-x.wav", "a\nb.wav"], "./-x.wav"), ("sample.py", ["--audio", "a", "-x.wav"], "./-x.wav")):
         code, printed = spawn(tmp_path, ROOT / script, *flags)
-        assert code == 2 and printed.startswith("error: ") and printed.count("\n") == 1, printed
+        assert code == 2 and printed.startswith("error: ") and printed.count("\n") == 1 and says in printed, printed
 
 
 # ---------------------------------------------------------------------- run folders
