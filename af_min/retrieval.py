@@ -148,37 +148,40 @@ class Library:
         self.rows: dict[Place, list[dict]] = {}
         self.windows: dict[Place, np.ndarray] = {}
         self.stored: list[tuple[Store, Place]] = []        # of recording n
-        self.device, stores, known, groups = device, {} if stores is None else stores, set(), {}
+        self.origin_of: dict[str, str] = {}                # content -> group, of what shares one with a recording here
+        self.device, stores, known = device, {} if stores is None else stores, set()
         for folder, _ in data.parse_data(specs):
-            rows = data.rows_of(folder, "train", "sft")
-            known |= {row["task"] for row in rows if "turns" not in row}
-            rows = [row for row in rows if answers_task(row, task) and "retrieved" not in row]
+            everything = data.rows_of(folder, "train", "sft")
+            known |= {row["task"] for row in everything if "turns" not in row}
+            rows = [row for row in everything if answers_task(row, task) and "retrieved" not in row]
+            groups = {row["group"] for row in rows if "group" in row}
+            group_of = {(row["audio"], row["start"]): row["group"] for row in everything if row.get("group") in groups}
             if folder not in stores:
                 stores[folder] = Store(folder, model.encoder, model.config.audio, model.config.clap.out_width)
             own = {(row["audio"], row["start"]) for row in rows}
-            stores[folder].add(own, progress)
+            stores[folder].add(own | set(group_of), progress)
+            self.origin_of |= {content(stores[folder].keys[place]): f"{folder}: {group}" for place, group in group_of.items()}
             self.stored += [(stores[folder], place) for place in sorted(own)]
             for row in rows:
                 shot = {name: row[name] for name in ("start", "prompt", "description") if name in row}
                 shot |= {"audio": str(folder / row["audio"]), "answer": row.get("answer") or row["answers"][0]}
                 self.rows.setdefault((shot["audio"], row["start"]), []).append(shot)
-                if "group" in row:
-                    groups[shot["audio"], row["start"]] = f"{folder}: {row['group']}"
         if not self.rows:
             raise UserError(f"--shots: no training row of {', '.join(specs)} is of the task {task}; --task can be "
                             f"{', '.join(sorted(known)) or 'nothing there'}")
         self.places = [(str(store.folder / file), start) for store, (file, start) in self.stored]
-        contents = [content(store.keys[place]) for store, place in self.stored]
-        self.origin_of = {c: groups.get(place, c) for c, place in zip(contents, self.places)}
-        self.origins = [self.origin_of[c] for c in contents]               # what no example shares with its question
+        self.origins = [self.origin(store.keys[place]) for store, place in self.stored]     # what no example shares with its question
         self.vectors_ND = np.stack([pooled(store[place]) for store, place in self.stored]).astype(np.float16)
+
+    def origin(self, key: str) -> str:
+        return self.origin_of.get(content(key), content(key))
 
     def choose(self, keys: list[str], vectors_QD: np.ndarray, k: int, choice: str, seed: int = 0) -> list[list[int]]:
         """Numbers of k others for each recording with these keys and pooled vectors: the nearest first, or drawn by seed and key.
 
         UserError if there are fewer than k other recordings.
         """
-        own, alike = [self.origin_of.get(content(key), content(key)) for key in keys], Counter(self.origins)
+        own, alike = list(map(self.origin, keys)), Counter(self.origins)
         most = max((alike[origin] for origin in own), default=0)
         if len(self.stored) - most < k:
             raise UserError(f"--shots {k}: there are only {len(self.stored) - most} other recordings of this task")
