@@ -77,6 +77,11 @@ def similarities(tower: TextTower, tokenizer, store: Store, rows: list[dict]) ->
     return [of(row, row) for row in rows], [of(row, other) for row, other in zip(rows, swapped(rows))]
 
 
+def filtered(row: dict) -> bool:
+    """Whether a row is a dialogue about a recording: no text for the language model alone, and no roll call of yes and no."""
+    return "turns" in row and bool(row.get("audio")) and row["task"] != "RollCall"
+
+
 def kept(rows: list[dict], own: list[list[float]], threshold: float) -> list[dict]:
     """Rows without the turns below the threshold; a row of which no turn is left is dropped."""
     turns = [[turn for turn, s in zip(row["turns"], of_row) if s >= threshold] for row, of_row in zip(rows, own)]
@@ -107,9 +112,9 @@ def main() -> None:
         raise UserError(f"--plot {picture}: expected a name that ends with .png, .pdf or .svg, in a folder that exists")
     tower = load_text_tower(run, model.config)
     rows = manifest.read_rows(folder / "train.jsonl")
-    dialogues = [row for row in rows if "turns" in row]
+    dialogues = [row for row in rows if filtered(row)]
     if not dialogues:
-        raise UserError(f"{folder}: no training row is a dialogue (\"turns\"): nothing to filter")
+        raise UserError(f"{folder}: no training row is a dialogue (\"turns\") about a recording: nothing to filter")
     store = Store(folder, model.encoder, model.config.audio, model.config.clap.out_width)
     places = [(row["audio"], row["start"]) for row in dialogues]
     store.add(places, lambda todo: tqdm(todo, "encoding", unit="rec", disable=not todo))
@@ -120,7 +125,7 @@ def main() -> None:
           f"recording; {picture}")
     if args.threshold > -1:
         good = kept(dialogues, own, args.threshold)
-        manifest.write_rows(folder / "train.jsonl", [row for row in rows if "turns" not in row] + good)
+        manifest.write_rows(folder / "train.jsonl", [row for row in rows if not filtered(row)] + good)
         manifest.update_card(folder, dialogue_filter=args.threshold)
         print(f"{sum(len(row['turns']) for row in good)} turns of {len(good)} dialogues stay; "
               f"{len(dialogues) - len(good)} dialogues are dropped whole; {np.mean(flat_other >= args.threshold):.0%} would stay "
