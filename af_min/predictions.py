@@ -58,7 +58,8 @@ def header(run: Path, folder: Path, split: str, max_new: int) -> dict:
 
 def predict(answerer: Answerer, rows: list[dict], predictions: Predictions, options: list[str], name: str) -> list[dict]:
     """An entry {"id", "answer", ...} of every row, from the file or new; with options also "likelihoods" and the likeliest."""
-    todo = [row for row in rows if tuple(row["id"]) not in predictions.said]
+    said = predictions.said                         # of a swapped question the recording depends on how many items there were
+    todo = [row for row in rows if said.get(tuple(row["id"]), {}).get("audio") != row["audio"]]
     with tqdm(total=len(todo), desc=name, unit="item", disable=not (todo and name)) as bar:
         for batch in answerer.batches(todo):
             part = [todo[i] for i in batch]
@@ -73,7 +74,7 @@ def predict(answerer: Answerer, rows: list[dict], predictions: Predictions, opti
                     entry["option"] = max(own, key=entry["likelihoods"].get)
             predictions.put(entries)
             bar.update(len(batch))
-    return [predictions.said[tuple(row["id"])] for row in rows]
+    return [said[tuple(row["id"])] for row in rows]
 
 
 class Remembering(Answerer):

@@ -114,6 +114,15 @@ def test_an_interrupted_evaluation_ends_as_an_uninterrupted_one_and_answers_noth
         assert sorted(map(str, lines(place, "0")[1])) == sorted(map(str, whole))
 
 
+def test_swapped_answers_are_those_about_the_recording_that_the_number_of_items_gives(command, place):
+    command("--fresh")
+    expected = saved(place)
+    command("--fresh", "--items", "3")
+    command()
+    heard = {tuple(entry["id"]): entry["audio"] for entry in lines(place, "swapped")[1]}
+    assert saved(place) == expected and heard[0, 0] == "audio/test2.wav", "of 3 items it would be the second"
+
+
 def test_other_weights_data_or_settings_begin_anew(command, place, model, micro_config, tokenizer):
     command("--fresh", "--no-swapped")
     first, _ = lines(place, "0")
