@@ -143,6 +143,7 @@ class AudioFlamingo(nn.Module):
         number_BT = audio_number(ids_BT, self.config.audio_id, state.seen_B if state else None)
         mask, most = self.config.xattn.mask, audio.n_windows_BN.shape[1]
         kv_len_BT = visible_windows(number_BT if mask != "full" else torch.full_like(number_BT, most), audio.n_windows_BN)
+        kv_len_BT = kv_len_BT + int(self.config.xattn.null_key)
         first_BT = visible_windows(number_BT - 1, audio.n_windows_BN) if mask == "last" else None
         blocks = {int(layer): (block, k, v) for (layer, block), k, v in zip(self.xattn.items(), audio.keys, audio.values)}
 

@@ -94,9 +94,10 @@ class GatedCrossAttention(nn.Module):
 
     def forward(self, x_BTD: torch.Tensor, k_BHLK: torch.Tensor, v_BHLK: torch.Tensor, kv_len_BT: torch.Tensor,
                 number_BT: torch.Tensor, first_BT: torch.Tensor | None = None) -> torch.Tensor:
-        """first_BT: the first window that each token sees, where that is not 0 (the ablation `mask = "last"`)."""
+        """kv_len_BT: how many keys each token sees, the null key included: one tensor for all blocks, which the kernels know again.
+        first_BT: the first window that each token sees, where that is not 0 (the ablation `mask = "last"`)."""
         if first_BT is None:
-            heard = kernels.masked_cross_attention(self.queries(x_BTD, number_BT), k_BHLK, v_BHLK, kv_len_BT + self.null_key)
+            heard = kernels.masked_cross_attention(self.queries(x_BTD, number_BT), k_BHLK, v_BHLK, kv_len_BT)
         else:
             heard = self.attention(x_BTD, k_BHLK, kv_len_BT, number_BT, first_BT).to(v_BHLK.dtype) @ v_BHLK[:, :, self.null_key:]
         heard = rearrange(heard, "b h t k -> b t (h k)")
@@ -109,10 +110,11 @@ class GatedCrossAttention(nn.Module):
         """The attention weights themselves on the windows, (B, H, T, L), for pictures; the forward pass does not build them."""
         q = self.queries(x_BTD, number_BT)
         scores = q.float() @ k_BHLK.float().mT / q.shape[-1] ** 0.5
-        slot_L = torch.arange(scores.shape[-1], device=q.device) - self.null_key           # -1: the null key
+        slot_L = torch.arange(scores.shape[-1], device=q.device)
         hidden = slot_L >= kv_len_BT[:, None, :, None]
         if first_BT is not None:
-            hidden = hidden | (slot_L < first_BT[:, None, :, None]) & (slot_L >= 0)
+            window_L = slot_L - self.null_key                                              # -1: the null key
+            hidden = hidden | (window_L < first_BT[:, None, :, None]) & (window_L >= 0)
         return scores.masked_fill(hidden, float("-inf")).softmax(-1)[..., self.null_key:].nan_to_num(0.0)
 
 

@@ -224,63 +224,6 @@ def test_pooling_is_one_window_that_is_the_mean(micro_config):
     assert far(logits_of(pooled, ids, windows, n_windows), logits_of(plain, ids, means, torch.ones(1, 3, dtype=torch.long))) < 1e-5
 
 
-# ---------------------------------------------------------------------- keys and values of all blocks by one product
-
-@pytest.fixture
-def on_a_gpu(monkeypatch):
-    """Every tensor says that it is on one: the choice of `listen` alone is under test, its arithmetic runs on the CPU."""
-    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
-
-
-def count_products(model, monkeypatch):
-    """The blocks that multiply for themselves, as they do it."""
-    own = []
-    for block in model.xattn.values():
-        monkeypatch.setattr(block.kv, "forward", lambda x, weight=block.kv.weight: (own.append(1), x @ weight.mT)[1])
-    return own
-
-
-@pytest.mark.parametrize("setting", [{}, {"audio_index": True}, {"null_key": True}, {"audio_index": True, "null_key": True},
-                                     {"every": 2}, {"attend_padding": True}], ids=lambda s: "+".join(s) or "paper")
-@pytest.mark.parametrize("counts", [[[3, 0], [2, 6], [0, 0]], [[0], [0]], [[]]], ids=["audios", "none", "no slots"])
-@torch.no_grad()
-def test_on_a_gpu_one_product_gives_what_a_product_a_block_gives(micro_config, monkeypatch, request, setting, counts):
-    """Equal numbers in an equal layout, which the kernels see; every block has its own."""
-    padding = {k: v for k, v in setting.items() if k == "attend_padding"}
-    config = dataclasses.replace(micro_config, lm=dataclasses.replace(micro_config.lm, layers=5),
-                                 representation=dataclasses.replace(micro_config.representation, **padding))
-    model = model_of(config, **{k: v for k, v in setting.items() if k not in padding})
-    n_windows = torch.tensor(counts, dtype=torch.long)
-    windows = torch.randn(int((n_windows > 0).sum()), 6, config.clap.out_width, generator=torch.Generator().manual_seed(0))
-    own = count_products(model, monkeypatch)
-    want = model.listen(windows, n_windows)
-    assert len(own) == len(model.xattn) == len(want.keys) == (3 if "every" in setting else 5)
-    request.getfixturevalue("on_a_gpu")
-    got = model.listen(windows, n_windows)
-    assert len(own) == len(model.xattn), "a block multiplied for itself"
-    for name in ("keys", "values"):
-        for a, b in zip(getattr(got, name), getattr(want, name), strict=True):
-            assert a.stride() == b.stride()
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-    if windows.numel():
-        assert all(far(a, b) > 0.1 for a, b in zip(want.keys, want.keys[1:]))
-
-
-@pytest.mark.parametrize("why", ["gradients", "weights split over processes"])
-def test_in_training_every_block_multiplies_for_itself(micro_config, monkeypatch, on_a_gpu, why):
-    """There a block's weights are together only while its own forward or `keys_values` runs (FSDP)."""
-    model = model_of(micro_config)
-    if why != "gradients":
-        class Split(torch.Tensor):
-            """As FSDP's DTensor: a parameter of another type."""
-        for block in model.xattn.values():
-            block.kv.weight = torch.nn.Parameter(block.kv.weight.detach().as_subclass(Split), requires_grad=False)
-    own = count_products(model, monkeypatch)
-    with torch.set_grad_enabled(why == "gradients"):
-        model.listen(*some_audios(model, [3, 2]))
-    assert len(own) == len(model.xattn)
-
-
 # ---------------------------------------------------------------------- loss
 
 @torch.no_grad()

@@ -123,7 +123,7 @@ def a_batch():
 @torch.no_grad()
 def test_the_block_is_its_equations_under_the_block_triangular_mask(block):
     x, audio, lengths, number_BT, number_BL = a_batch()
-    got = block(x, *block.keys_values(audio, number_BL), lengths, number_BT)
+    got = block(x, *block.keys_values(audio, number_BL), lengths + block.null_key, number_BT)
     for b, (ids, n_windows) in enumerate(SAMPLES):
         expected = block_by_formula(block, array(x[b]), array(audio[b, :sum(n_windows)]), ids, n_windows)
         assert np.abs(got[b].numpy() - expected).max() < 1e-5
@@ -132,7 +132,7 @@ def test_the_block_is_its_equations_under_the_block_triangular_mask(block):
 @torch.no_grad()
 def test_the_weights_drawn_in_pictures_are_those_of_the_equation(block):
     x, audio, lengths, number_BT, number_BL = a_batch()
-    got = block.attention(x, block.keys_values(audio, number_BL)[0], lengths, number_BT).numpy()
+    got = block.attention(x, block.keys_values(audio, number_BL)[0], lengths + block.null_key, number_BT).numpy()
     for b, (ids, n_windows) in enumerate(SAMPLES):
         own = sum(n_windows)
         expected = attention_by_formula(block, array(x[b]), array(audio[b, :own]), ids, n_windows)[0]
