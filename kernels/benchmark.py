@@ -2,7 +2,6 @@
 
     python -m kernels.benchmark            on a GPU: correctness, 250 equal repetitions, the tables, profiles, the tests
     python -m kernels.benchmark --dry      the same code on a CPU, tiny and interpreted: are there mistakes? (half a minute)
-    python -m kernels.benchmark --cpu      the CPU path against PyTorch's fused attention with a ready-made mask (under a minute)
 
 The first takes --minutes and at most one more: what has not begun by then becomes a line that says so, the dearest to compile
 comes last. benchmark.csv, with device and versions in its first line, is replaced as a whole after every measurement,
@@ -29,7 +28,6 @@ import functools
 import io
 import math
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -55,8 +53,7 @@ HEADER = ("table", "shape", "implementation", "pass", "median_us", "p20_us", "p8
 
 @dataclass(frozen=True)
 class Settings:
-    """Times the kernels and their baselines on a GPU; `--cpu` compares the CPU path with PyTorch's fused attention."""
-    cpu: bool = cli.flag(False, "report the CPU path's time over that of SDPA with a ready-made mask")
+    """Times the kernels and their baselines on a GPU."""
     dry: bool = cli.flag(False, "every measurement once, with tiny shapes, on the CPU: are there mistakes? no figures")
     out: str = cli.flag("kernels/results", "folder for benchmark.csv, benchmark.png, profiles, tests.txt, errors.txt (--dry: a folder in it)")
     minutes: float = cli.flag(8.0, "begin no measurement after so long")
@@ -285,38 +282,6 @@ def plot(bench: Bench) -> None:
     os.replace(bench.folder / "benchmark.png.partial", bench.folder / "benchmark.png")
 
 
-def cpu_ratio(repeats: int = 25) -> None:
-    """Reference against SDPA with a ready-made mask, alternating; a ratio of medians below 1 means that ours is faster."""
-    for B, T, L, H, K, shots in ((32, 64, 48, 4, 32, 2), (8, 512, 128, 8, 64, 8), (8, 512, 16, 8, 64, 1),
-                              (8, 1, 48, 4, 32, 1), (1, 1, 48, 4, 32, 1)):
-        q, k, v, kv_len, do = make(B, T, L, shots, H, K, torch.float32, "cpu")
-        if B > 1:
-            kv_len[0] //= 2
-        mask = reference.visible(kv_len, L)
-        rivals = {"ours": lambda: kernels.masked_cross_attention(q, k, v, kv_len, backend="reference"),
-                  "SDPA": lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=mask)}
-
-        def forward(attend):
-            with torch.no_grad():
-                attend()
-
-        def both(attend):
-            torch.autograd.grad(attend(), (q, k, v), do)
-        times = {}
-        inner = max(1, 2_000_000 // (B * T * L * H))          # calls a repetition: short ones are timed in bulk
-        for step in (forward, both):                          # one after the other: they leave memory in different states
-            for _ in range(repeats + 1):
-                for name, attend in rivals.items():
-                    started = time.perf_counter()
-                    for _ in range(inner):
-                        step(attend)
-                    times.setdefault((name, step.__name__), []).append((time.perf_counter() - started) / inner * 1e6)
-        middle = {key: statistics.median(values[1:]) for key, values in times.items()}
-        print(f"B {B:2} T {T:3} L {L:3} heads {H} x {K}  " + "  ".join(
-            f"{which}: ours {middle['ours', which]:9.1f} us, SDPA {middle['SDPA', which]:9.1f} us, ratio "
-            f"{middle['ours', which] / middle['SDPA', which]:.2f}" for which in ("forward", "both")), flush=True)
-
-
 def run_tests(bench: Bench) -> None:
     """test_kernels_interpreted.py on the device, long cases too, by four processes; what they print goes into tests.txt.
 
@@ -367,10 +332,6 @@ def measure(bench: Bench) -> None:
 def main() -> None:
     settings, started = cli.parse(Settings), time.monotonic()
     torch.manual_seed(0)
-    if settings.cpu:
-        cpu_ratio()
-        print(f"CPU, {torch.get_num_threads()} threads, float32, torch {torch.__version__}")
-        return
     if settings.dry:
         os.environ["TRITON_INTERPRET"] = "1"                  # before masked_xattn.py is imported
         title = f"dry run, no figures; torch {torch.__version__}"
@@ -379,8 +340,8 @@ def main() -> None:
         title = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, " \
                 f"CUDA {torch.version.cuda}, bf16"
     else:
-        raise cli.UserError("no CUDA GPU here, so nothing to time; `--cpu` reports the CPU path, `--dry` tries every measurement, "
-                            "`python -m kernels.check_compile` compiles the kernels without a GPU")
+        raise cli.UserError("no CUDA GPU here, so nothing to time; `--dry` tries every measurement, `python -m kernels.check_compile` compiles the "
+                            "kernels without a GPU, `python -m tests.bench_linear` times the CPU path")
     from torch._functorch import config as autograd_config
     autograd_config.donated_buffer = False            # the backward pass is timed alone, on a graph that is kept
     bench = Bench(Path(settings.out, "dry" if settings.dry else ""), title, settings.dry, started + 60 * settings.minutes)
