@@ -140,8 +140,7 @@ class Question:
     @functools.cached_property
     def library(self) -> Library:
         """What --shots chooses from; opened for the first recording that can be heard."""
-        return Library(self.model, training_data(self.args), self.args.task_name,
-                       lambda todo: tqdm(todo, "encoding", unit="rec", disable=not todo))
+        return Library(self.model, training_data(self.args), self.args.task_name, "encoding")
 
     def about(self, heard: Heard) -> tuple[Sample, dict[Place, np.ndarray]]:
         """The text, which ends where the answer begins; the window embeddings of every audio in it."""

@@ -96,12 +96,11 @@ class Answerer:
         self.model, self.tokenizer, self.store, self.max_new = model, tokenizer, store, max_new
 
     @classmethod
-    def open(cls, run: Path, folder: Path, rows: list[dict], progress: Callable = lambda items: items, max_new: int = MAX_NEW,
-             device: str = "cpu") -> "Answerer":
-        """The model of a run folder, and the embeddings of all recordings that rows of a data set name."""
+    def open(cls, run: Path, folder: Path, rows: list[dict], name: str = "", max_new: int = MAX_NEW, device: str = "cpu") -> "Answerer":
+        """The model of a run folder, and the embeddings of all recordings that rows of a data set name (`name`: of the bar)."""
         model, tokenizer = checkpoint.load_run(run, device)
         store = Store(folder, model.encoder, model.config.audio, model.config.clap.out_width)
-        store.add(data.recordings(rows), progress)
+        store.add(data.recordings(rows), name)
         return cls(model, tokenizer, store, max_new)
 
     def _read(self, rows: list[dict], room: int) -> tuple[State, torch.Tensor]:

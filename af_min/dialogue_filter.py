@@ -22,7 +22,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.nn.functional import normalize
-from tqdm import tqdm
 
 from . import checkpoint, cli, manifest
 from .clap import TextTower
@@ -117,7 +116,7 @@ def main() -> None:
         raise UserError(f"{folder}: no training row is a dialogue (\"turns\") about a recording: nothing to filter")
     store = Store(folder, model.encoder, model.config.audio, model.config.clap.out_width)
     places = [(row["audio"], row["start"]) for row in dialogues]
-    store.add(places, lambda todo: tqdm(todo, "encoding", unit="rec", disable=not todo))
+    store.add(places, "encoding")
     own, other = similarities(tower, tokenizer, store, dialogues)
     flat_own, flat_other = np.concatenate(own), np.concatenate(other)
     draw(picture, flat_own, flat_other, args.threshold)

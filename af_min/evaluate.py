@@ -20,7 +20,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import ChainMap, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -51,11 +51,6 @@ class Args:
     swapped: bool = flag(True, "also ask about another recording, without shots")
     seed: int = flag(0, "seed of random shots")
     device: str = flag("auto", "where to compute", choices=("auto", "cpu", "cuda"))
-
-
-def progress(name: str) -> Callable:
-    """A bar over recordings, none if there is nothing to do."""
-    return lambda todo: tqdm(todo, name, unit="rec", disable=not todo)
 
 
 # ---------------------------------------------------------------------- questions
@@ -166,7 +161,7 @@ class Evaluation:
             if task not in both:
                 raise UserError(f"--options {task}: no such task in both {args.split} and train; there are {', '.join(both)}")
         self.answerer = Answerer.open(Path(args.run), self.folder, [row for rows in self.tasks.values() for row in rows],
-                                      progress(f"encoding {args.split} split"), args.max_new, args.device)
+                                      f"encoding {args.split} split", args.max_new, args.device)
         most = self.answerer.model.config.representation.max_audios
         if max(args.shots, default=0) >= most:
             raise UserError(f"--shots {max(args.shots)}: this model takes {most} audios, the question's included")
@@ -189,7 +184,7 @@ class Evaluation:
                 rows = [row for row in rows if not {"shots", "turns"} & set(row)]
                 if not rows or task not in self.known:
                     continue
-                library = Library(reader.model, [args.dataset], task, progress("encoding train split"), self.stores, args.device)
+                library = Library(reader.model, [args.dataset], task, "encoding train split", self.stores, args.device)
                 rows, short = fitting(with_examples(rows, library, store, k, choice, args.seed), reader)
                 if short:
                     print(f"{task}: {short} of {len(rows)} questions had room for fewer than {k} shots", file=sys.stderr)
@@ -245,7 +240,7 @@ def general(args: Args) -> list[Result]:
 def embedded(run: Path, folder: Path, items: int = 0) -> list[scores.Score]:
     """The table of the README and two transcripts, `[..]` as below; writes scores.json."""
     started, (test, train) = time.time(), (manifest.read_rows(folder / f"{split}.jsonl") for split in ("test", "train"))
-    answerer = Answerer.open(run, folder, test, progress("encoding test split"))
+    answerer = Answerer.open(run, folder, test, "encoding test split")
     path = run / f"predictions-{folder.name}-test-table.jsonl"
     answerer = Remembering(answerer, Predictions(path, header(run, folder, "test", answerer.max_new)))
     results = list(tqdm(scores.scores(answerer, test, train, items), "scoring", unit="task"))

@@ -28,7 +28,6 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -139,9 +138,9 @@ def answers_task(row: dict, task: str) -> bool:
 class Library:
     """Training rows of one task from prepared data sets: the examples that questions can be given."""
 
-    def __init__(self, model: AudioFlamingo, specs: list[str], task: str, progress: Callable = lambda items: items,
-                 stores: dict[Path, Store] | None = None, device: str = "cpu"):
-        """specs: `folder` or `folder:weight`, as train.py takes them. Recordings that were never encoded are now.
+    def __init__(self, model: AudioFlamingo, specs: list[str], task: str, name: str = "", stores: dict[Path, Store] | None = None,
+                 device: str = "cpu"):
+        """specs: `folder` or `folder:weight`, as train.py takes them. Recordings that were never encoded are now (`name`: of the bar).
 
         stores: those that several libraries share. UserError: no data set there, or none of its training rows is of the task.
         """
@@ -159,7 +158,7 @@ class Library:
             if folder not in stores:
                 stores[folder] = Store(folder, model.encoder, model.config.audio, model.config.clap.out_width)
             own = {(row["audio"], row["start"]) for row in rows}
-            stores[folder].add(own | set(group_of), progress)
+            stores[folder].add(own | set(group_of), name)
             self.origin_of |= {content(stores[folder].keys[place]): f"{folder}: {group}" for place, group in group_of.items()}
             self.stored += [(stores[folder], place) for place in sorted(own)]
             for row in rows:

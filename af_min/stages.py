@@ -208,6 +208,5 @@ def embed(model: AudioFlamingo, folder: Path, rows: list[dict], world) -> Store:
     the same encoder finds the same embeddings there."""
     model.encoder.eval()
     store = Store(folder, model.encoder, model.config.audio, model.config.clap.out_width)
-    store.add(data.recordings(rows), lambda todo: tqdm(todo, f"encoding {folder}", unit="rec", disable=not todo or world.rank > 0),
-              rank=world.rank, size=world.size, wait=world.wait)
+    store.add(data.recordings(rows), f"encoding {folder}", rank=world.rank, size=world.size, wait=world.wait)
     return store

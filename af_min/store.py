@@ -25,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from . import audio
 from .clap import WindowEncoder
@@ -130,9 +131,9 @@ class Store:
         self.keys: dict[Place, str] = {}
         self.vectors = self.shelf.map()
 
-    def add(self, recordings: Iterable[Place], progress: Callable = lambda items: items, batch: int = 128, rank: int = 0,
-            size: int = 1, wait: Callable[[], None] = lambda: None) -> int:
-        """Encode the recordings (file, start) that are not yet stored; returns how many windows this process encoded.
+    def add(self, recordings: Iterable[Place], name: str = "", batch: int = 128, rank: int = 0, size: int = 1,
+            wait: Callable[[], None] = lambda: None) -> int:
+        """Encode the recordings (file, start) that are not yet stored, under a bar of that name; returns how many windows it encoded here.
 
         Over `size` processes: all call it with the same recordings, their rank, and a `wait` that returns when all are there.
         """
@@ -144,7 +145,7 @@ class Store:
             new = {place: recording_key(self.folder / place[0], place[1]) for place in sorted(set(recordings) - set(self.keys))}
             todo = {key: place for place, key in reversed(new.items()) if key not in self.shelf.entries}     # copies are one
             mine = [(key, todo[key]) for key in reversed(todo)][rank::size]
-            done = self._encode(mine, self.shelf if size == 1 else Shelf(self.home, self.width, f"-{rank}"), progress, batch)
+            done = self._encode(mine, self.shelf if size == 1 else Shelf(self.home, self.width, f"-{rank}"), name * (rank == 0), batch)
             wait()
             if rank == 0 and size > 1:
                 self._take_over()
@@ -167,14 +168,14 @@ class Store:
             part.index.unlink()
             part.vectors.unlink(missing_ok=True)
 
-    def _encode(self, recordings: list[tuple[str, Place]], shelf: Shelf, progress: Callable, batch: int) -> int:
+    def _encode(self, recordings: list[tuple[str, Place]], shelf: Shelf, name: str, batch: int) -> int:
         """Read, cut into windows and encode, about `batch` windows at a time; returns their number."""
         device, done = next(self.encoder.parameters()).device, 0
         waiting: list[tuple[str, torch.Tensor]] = []
         if not recordings:
             return 0
         with shelf.appending() as put:
-            for n, (key, (file, start)) in enumerate(progress(recordings), 1):
+            for n, (key, (file, start)) in enumerate(tqdm(recordings, name, unit="rec", disable=not name), 1):
                 recording = audio.load(self.folder / file, self.config.sample_rate, start, self.config.max_seconds)
                 waiting.append((key, audio.windows(torch.from_numpy(recording.samples), self.config)))
                 if sum(len(w) for _, w in waiting) >= batch or n == len(recordings):
