@@ -270,6 +270,8 @@ def main() -> None:
         return claims.main()
     args = cli.parse(Args, description=__doc__)
     cli.at_least(args, items=0, max_new=1, seed=0)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: no GPU is visible to torch; use --device cpu")
     if min(args.shots, default=0) < 0:
         raise UserError(f"--shots {min(args.shots)}: expected 0 or more")
     if "/" not in args.dataset and not Path(args.dataset).exists():

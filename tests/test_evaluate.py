@@ -242,7 +242,8 @@ def test_a_row_of_the_embedded_table_is_what_its_answers_make_it():
 @pytest.mark.parametrize("flags, says", [
     (["--shots", "9"], "--shots 9: this model takes 9 audios"), (["--shots", "-1"], "--shots -1"),
     (["--shots", "7"], "--shots 7: there are only 6 other"), (["--options", "Nope"], "--options Nope: no such task"), (["--dataset", "nowhere"], "data/nowhere"),
-    (["--run", "runs/none"], "runs/none: no trained model"), (["--max-new", "0"], "--max-new 0")])
+    (["--run", "runs/none"], "runs/none: no trained model"), (["--max-new", "0"], "--max-new 0"),
+    pytest.param(["--device", "cuda"], "--device cuda: no GPU", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU"))])
 def test_mistakes_are_one_line(command, flags, says):
     code, _, err = command(*flags)
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
