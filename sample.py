@@ -11,7 +11,7 @@
 The run folder is all that it needs; only --shots also reads the data set that the run was trained on. Answers go to standard
 output, all else to standard error. With a `tiny` run on one CPU core the first takes 2 s, --shots 4 takes 4 s. Last lines:
     bird then bird then bell
-    [first word after 0.06 s, 6 tokens at 208/s; 1.94 M parameters, cpu, 1 threads, torch 2.13.0+cpu]
+    [first word after 0.06 s, 6 tokens at 208/s; 2.08 M parameters, cpu, 1 threads, torch 2.13.0+cpu]
 """
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ class Args:
     optimizer: str = flag("", "default: the preset's; with --lm adamw, with --init that of the run", choices=("adamw", "muon"))
     batch: int = flag(0, "samples of the global batch (0: the preset's)")
     batch_tokens: int = flag(0, "padded tokens of the global batch, at most (0: the preset's)")
-    accumulate: int = flag(1, "pieces that a process splits its share of each part of a batch into, to save memory (4 parts, if large)")
+    accumulate: int = flag(1, "to save memory: pieces that a process splits its share of each part of a batch into (a large batch has 4 parts)")
     shard: bool = flag(False, "with torchrun: spread weights, gradients and optimizer over the processes (FSDP2)")
     checkpoint_activations: bool = flag(False, "compute a layer's activations again in the backward pass, to save memory")
     float32: bool = flag(False, "float32 throughout, on a device that would multiply in bfloat16")

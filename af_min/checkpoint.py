@@ -6,7 +6,7 @@
                 log.jsonl            one line a training step
                 text_tower.safetensors    CLAP's other half, where the clap stage was trained (dialogue_filter.py)
                 scores.json  report.png
-                checkpoint/          the state of an unfinished training: `--resume` goes on from there
+                checkpoint/          the state of the training: `--resume` goes on from there; of no use to a finished one
                 checkpoint.old/      the one before it, in case that this one is damaged
 
 Files are written under a temporary name and renamed: one that has its name is whole.
