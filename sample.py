@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from af_min import checkpoint, cli, text
 from af_min.answering import answer, grouped, read, score
-from af_min.audio import MIN_SECONDS, AudioError
+from af_min.audio_files import MIN_SECONDS, AudioError
 from af_min.cli import UserError, flag
 from af_min.flamingo import AudioFlamingo, Sampling, State
 from af_min.manifest import HALF_LETTER

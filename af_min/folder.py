@@ -28,8 +28,8 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import soundfile
 
-from . import audio, manifest
-from .audio import AudioError
+from . import audio, audio_files, manifest
+from .audio_files import AudioError
 from .cli import UserError
 
 PROMPTS = {"AudioClassification": "classify this sound.", "AudioCaptioning": "describe the sound in a sentence."}
@@ -158,7 +158,7 @@ def _audio_files(source: Path, out: Path, report: Report) -> dict[str, Path]:
     found = {}
     for path in walk(source, out):
         name = readable(path.relative_to(source).as_posix())
-        if name.lower().endswith(audio.EXTENSIONS):
+        if name.lower().endswith(audio_files.EXTENSIONS):
             found[name] = path
         elif not name.lower().endswith(".csv"):
             report.problems["not a wav, flac, ogg or mp3"].append(name)
@@ -234,7 +234,7 @@ def _from_names(source: Path, files: dict[str, Path], by_file: bool, report: Rep
 
 def _store(path: Path, folder: Path, sample_rate: int, max_seconds: float, report: Report, name: str) -> tuple[str, float]:
     """Check and convert one recording: (content hash, seconds). AudioError says what is wrong with it."""
-    audio.inspect(path)
+    audio_files.inspect(path)
     recording = audio.load(path, sample_rate, max_seconds=max_seconds)
     if recording.silent:
         raise AudioError(path, "silent", f"its first {max_seconds} s hold nothing but zeros")

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import soundfile
 
-from . import audio
+from . import audio, audio_files
 from .cli import UserError, alone
 
 SPLITS = ("train", "val", "test")
@@ -247,9 +247,9 @@ def check(folder, progress: Callable[[Iterable], Iterable] = iter) -> list[str]:
     contents = {}                                          # hash of the samples -> name, splits
     for name in progress(sorted(starts)):
         try:
-            seconds = audio.inspect(folder / name)
+            seconds = audio_files.inspect(folder / name)
             samples = audio.load(folder / name, soundfile.info(folder / name).samplerate).samples
-        except audio.AudioError as error:
+        except audio_files.AudioError as error:
             wrong.append(str(error))
             continue
         if not starts[name] < seconds:

@@ -15,13 +15,13 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from . import audio, text
+from . import audio_files, text
 from .cli import UserError
 from .folder import PROMPTS, Report, readable, walk
 
 CAPTION, CLASSIFY = PROMPTS["AudioCaptioning"], PROMPTS["AudioClassification"]
 EMOTION, INSTRUMENT = "what is the emotion of this speech?", "what is the instrument of this music?"
-EXTENSIONS = (*audio.EXTENSIONS, ".au")
+EXTENSIONS = (*audio_files.EXTENSIONS, ".au")
 AGAIN = "If it was downloaded, remove it: it is then fetched again"
 
 

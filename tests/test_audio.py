@@ -7,8 +7,9 @@ import pytest
 import soundfile
 import torch
 
-from af_min import audio
-from af_min.audio import AudioError, LogMel, count_windows, inspect, load, mel_filters, windows
+from af_min import audio_files
+from af_min.audio import LogMel, count_windows, load, mel_filters, windows
+from af_min.audio_files import AudioError, inspect
 from af_min.cli import UserError
 from af_min.config import AF1, TINY, AudioConfig
 
@@ -208,6 +209,29 @@ def test_too_short(tmp_path):
         inspect(tmp_path / "x.wav")
 
 
+@pytest.mark.parametrize("mode", ["CONSTANT", "VARIABLE"])
+@pytest.mark.parametrize("rate, channels", [(44_100, 1), (44_100, 2), (22_050, 1), (22_050, 2), (8000, 1)])
+def test_an_mp3_without_a_length_in_it_is_heard_whole(tmp_path, mode, rate, channels):
+    """As libsndfile reads it with its own header, behind the 576 samples of delay that the header would have told of. So is one behind another."""
+    x = np.zeros((5 * rate, channels))
+    x[2 * rate:] = np.random.default_rng(0).standard_normal((3 * rate, channels)) / 5
+    with soundfile.SoundFile(tmp_path / "a.mp3", "w", rate, channels, format="MP3", bitrate_mode=mode) as file:
+        file.write(x)
+    data = (tmp_path / "a.mp3").read_bytes()
+    expected, frames = soundfile.read(tmp_path / "a.mp3", always_2d=True)[0][:, 0], list(audio_files.mp3_frames(data))
+    sound = data[frames[1]:]                                       # the first frame is the header
+    tag = b"ID3\x03\0\0" + bytes([0, 0, 1, 0])
+    for content in (sound, tag + bytes(128) + sound + b"TAG" + bytes(125)):
+        (tmp_path / "b.mp3").write_bytes(content)
+        with audio_files.opened(tmp_path / "b.mp3") as file:
+            got = audio_files.read(file, "b.mp3", 0, file.frames)
+        assert np.abs(got[576:576 + len(expected)] - expected).max() < 1e-6 and len(got) - len(expected) < 2400
+    (tmp_path / "c.mp3").write_bytes(data + sound)
+    assert inspect(tmp_path / "c.mp3") == pytest.approx(10, abs=0.5)
+    (tmp_path / "d.mp3").write_bytes(data[:frames[len(frames) // 2]])
+    refused(tmp_path / "d.mp3", "truncated")
+
+
 @pytest.mark.parametrize("extension", ["wav", "flac", "ogg", "mp3"])
 @pytest.mark.parametrize("kept", [0.5, 0.9, 0.97])
 def test_truncated_recordings_are_noticed(tmp_path, extension, kept):
@@ -266,4 +290,4 @@ def test_damaged_files_never_end_in_anything_but_an_audio_error(tmp_path):
 def test_config_of_the_windows():
     assert AF1.audio.max_seconds == 33.25 and AF1.audio.window_samples == 308_700 and AF1.audio.hop_samples == 77_175
     assert dataclasses.replace(AF1.audio, max_windows=1).max_seconds == 7
-    assert set(audio.EXTENSIONS) == {".wav", ".flac", ".ogg", ".oga", ".mp3"}
+    assert set(audio_files.EXTENSIONS) == {".wav", ".flac", ".ogg", ".oga", ".mp3"}

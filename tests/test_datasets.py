@@ -12,7 +12,7 @@ import soundfile
 import prepare_data
 import published
 import real_sounds
-from af_min import audio, data, datasets, download, evaluate, manifest, retrieval
+from af_min import audio, audio_files, data, datasets, download, evaluate, manifest, retrieval
 from af_min.cli import UserError
 from local_server import serve, split_zip
 from test_download import make_7z, make_tar, make_zip
@@ -197,8 +197,8 @@ def test_pointers_of_git_lfs_are_named(home):
     """What a clone of CREMA-D without git-lfs holds."""
     (home / "clone/AudioWAV").mkdir(parents=True)
     (home / "clone/AudioWAV/1001_DFA_ANG_XX.wav").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
-    with pytest.raises(audio.AudioError, match="1001_DFA_ANG_XX.wav: unreadable: a Git LFS pointer"):
-        audio.inspect("clone/AudioWAV/1001_DFA_ANG_XX.wav")
+    with pytest.raises(audio_files.AudioError, match="1001_DFA_ANG_XX.wav: unreadable: a Git LFS pointer"):
+        audio_files.inspect("clone/AudioWAV/1001_DFA_ANG_XX.wav")
 
 
 # ---------------------------------------------------------------------- source, limit, command line

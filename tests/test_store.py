@@ -8,7 +8,7 @@ import pytest
 import soundfile
 import torch
 
-from af_min import audio
+from af_min.audio_files import AudioError
 from af_min.clap import WindowEncoder
 from af_min.cli import UserError
 from af_min.store import Store, encoder_hash, recording_key
@@ -174,7 +174,7 @@ def test_a_recording_that_is_missing_is_named(folder, encoder):
 
 def test_a_recording_that_cannot_be_read_is_named(folder, encoder):
     (folder / "bad.wav").write_bytes(b"no sound")
-    with pytest.raises(audio.AudioError, match="bad.wav"):
+    with pytest.raises(AudioError, match="bad.wav"):
         a_store(folder, encoder).add([*PLACES[:1], ("bad.wav", 0.0)])
     store = a_store(folder, encoder)
     assert store.add(PLACES[:1]) in (0, 1)
