@@ -55,7 +55,8 @@ class Args:
     shot: list[list[str]] = flag([], "an example of your own, shown first; repeat for more", nargs=2, action="append",
                                  metavar=("FILE", "ANSWER"))
     chat: bool = flag(False, "a dialogue about one recording; exit or the end of input ends it")
-    temperature: float = flag(0.0, "0: always the likeliest token; above: draw, the more evenly the higher")
+    temperature: float = flag(0.0, "0: always the likeliest token; above: draw, the more evenly the higher (what a recording draws "
+                                    "then depends on its place among those of the command)")
     top_k: int = flag(0, "draw among the k likeliest tokens (0: all)")
     top_p: float = flag(1.0, "draw among the likeliest tokens that hold this much probability")
     seed: int = flag(0, "seed of drawing and of random shots")
@@ -85,17 +86,19 @@ def check(args: Args) -> None:
     for name, value, least in (("temperature", args.temperature, 0), ("top-k", args.top_k, 0), ("max-new", args.max_new, 1),
                                ("shots", args.shots, 0), ("seed", args.seed, 0)):
         need(least <= value < math.inf, f"--{name} {value}: expected {least} or more")
+    need(args.seed < 1 << 63, f"--seed {args.seed}: expected less than 2**63")
     need(0 < args.top_p <= 1, f"--top-p {args.top_p}: expected above 0 and at most 1")
     need(all(answer.strip() for _, answer in args.shot), "--shot FILE ANSWER: the answer is empty")
     need(not (args.shots and args.shot), "--shots chooses examples and --shot gives them: use one of the two")
     need(not args.options or len(set(args.choices)) == len(args.choices) >= 2,
          f"--options {args.options!r}: expected two or more different answers with commas between them")
     need(len(args.audio) == 1 or not (args.chat or args.plot), f"--chat and --plot take one recording, got {len(args.audio)}")
-    for name in ("options", "shots", "shot", "plot"):
-        need(not (args.chat and getattr(args, name)), f"--chat and --{name} do not go together")
+    for name in ("prompt", "options", "shots", "shot", "plot"):
+        need(not args.chat or getattr(args, name) in (getattr(Args, name, None), []), f"--chat and --{name} do not go together")
     if args.plot:
         need(Path(args.plot).suffix in (".png", ".pdf", ".svg"), f"--plot {args.plot}: the name must end with .png, .pdf or .svg")
         need(Path(args.plot).absolute().parent.is_dir(), f"--plot {args.plot}: there is no such folder")
+        need(not Path(args.plot).is_dir(), f"--plot {args.plot}: this is a folder; name a file")
     need(args.device != "cuda" or torch.cuda.is_available(), "--device cuda: no GPU is visible to torch; use --device cpu")
 
 
@@ -108,7 +111,7 @@ def note(message: str) -> None:
 def hear_or_warn(model: AudioFlamingo, file: str) -> Heard:
     """One recording; a warning if it is longer than the model hears, very short, or silent."""
     heard, limit = hear(model, file), model.config.audio.max_seconds
-    if heard.recording.dropped_seconds > 0:
+    if heard.recording.dropped_seconds >= 0.005:
         note(f"warning: {file}: the last {heard.recording.dropped_seconds:.2f} s are dropped: the model hears {limit:g} s at most")
     if heard.recording.seconds < MIN_SECONDS:
         note(f"warning: {file}: only {heard.recording.seconds:.3f} s long: there is hardly anything to hear")

@@ -115,11 +115,11 @@ def frame_length(header: bytes) -> int:
 
 
 def mp3_frames(data: bytes) -> Iterator[int]:
-    """Where each whole frame begins. Tags between them are stepped over: where no frame has just ended, two make a beginning."""
+    """Where each whole frame begins. Tags between them are stepped over: where no frame nor the first tag has just ended, two make a beginning."""
     at = 0
     if data[:3] == b"ID3":                                 # an ID3v2 tag: 10 bytes and a length in 4 x 7 bits
         at = 10 + sum(byte << 7 * (3 - i) for i, byte in enumerate(data[6:10]))
-    ended = False
+    ended = True
     while 0 <= at < len(data):
         length = frame_length(data[at:at + 4])
         if ended and length or length and frame_length(data[at + length:at + length + 4]):
@@ -136,13 +136,15 @@ def mp3_with_length(path) -> bytes:
     frames = list(mp3_frames(data))
     if not frames:
         return data
-    first, count, said = frames[0], len(frames), 0
+    first, count, said = frames[0], len(frames), []
     tag = max(data.find(name, first, first + 64) for name in (b"Xing", b"Info"))
-    if tag > 0:
-        count, said = count - 1, int.from_bytes(data[tag + 8:tag + 12], "big") if data[tag + 7] & 1 else 0       # bit 0: the count is given
-    if count + 1 < said:                                   # some count the header's own frame
-        raise AudioError(path, "truncated", f"{count} mp3 frames, its header says {said}; make the file again")
-    if said and count <= said:
+    if tag > 0:                                            # bits 0 and 1: the numbers of frames and of bytes are given
+        count, fields = count - 1, [data[tag + 8:tag + 12], data[tag + 12:tag + 16]]
+        said = [int.from_bytes(fields.pop(0), "big") if data[tag + 7] & bit else 0 for bit in (1, 2)]
+        for held, told, what in zip((count + 1, len(data) - first), said, ("frames", "bytes")):               # some count the header's own frame
+            if held < told:
+                raise AudioError(path, "truncated", f"{held} mp3 {what}, its header says {told}; make the file again")
+    if said and count <= said[0]:
         return data
     version, rate, mode = data[first + 1] | 1, data[first + 2] & 0x0C, data[first + 3]                          # | 1: without a checksum
     header = bytes([0xFF, version, 0x90 | rate, mode])     # a bitrate that gives it room

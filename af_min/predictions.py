@@ -31,6 +31,8 @@ class Predictions:
                 entry = json.loads(line)
             except ValueError:
                 break
+            if not isinstance(entry, dict) or number and "id" not in entry:
+                break
             if number == 0 and entry != header:
                 break
             if number:

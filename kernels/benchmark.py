@@ -287,7 +287,7 @@ def run_tests(bench: Bench) -> None:
 
     Without triton's cache most of the time is compilation, hence the four. RuntimeError where a test fails or time runs out."""
     parts = ["no_audio_in_the_batch"] if bench.dry else ["fp32", "fp16", "bf16", "not fp32 and not fp16 and not bf16"]
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "", "-p", "no:cacheprovider", "tests/test_kernels_interpreted.py", "-k"]
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-m", "", "-p", "no:cacheprovider", "tests/test_kernels_interpreted.py", "-k"]
     running = [subprocess.Popen([*command, part], cwd=Path(__file__).parents[1], text=True, stdout=subprocess.PIPE,
                                 stderr=subprocess.STDOUT) for part in parts]
     end, told = min(time.monotonic() + 150, bench.deadline + 60), []

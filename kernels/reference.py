@@ -82,6 +82,8 @@ def attend_cpu(q_BHTK: Tensor, k_BHLK: Tensor, v_BHLK: Tensor, kv_len: Tensor) -
 
 def masked_cross_attention(q_BHTK: Tensor, k_BHLK: Tensor, v_BHLK: Tensor, kv_len: Tensor) -> Tensor:
     """The PyTorch implementation: the fused CPU kernel where it applies, the definition elsewhere (GPU, torch.compile)."""
+    if q_BHTK.numel() == 0:
+        return q_BHTK.clone()
     on_cpu = q_BHTK.device.type == "cpu" and not torch.compiler.is_compiling()
     return (attend_cpu if on_cpu else attend)(q_BHTK, k_BHLK, v_BHLK, kv_len)
 

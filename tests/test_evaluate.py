@@ -106,8 +106,9 @@ def test_an_interrupted_evaluation_ends_as_an_uninterrupted_one_and_answers_noth
     batch = Answerer.batch
     monkeypatch.setattr(Answerer, "batch", lambda self, rows: asked.append(len(rows)) or batch(self, rows))
     ends = [i + 1 for i, c in enumerate(text) if c == "\n"]
-    for cut, left in ((ends[3], 18), (ends[3] + 40, 18), (ends[4] - 1, 18), (ends[-1], 0), (ends[0] - 5, 21)):
-        path.write_text(text[:cut])
+    for cut, left, more in ((ends[3], 18, ""), (ends[3] + 40, 18, ""), (ends[4] - 1, 18, ""), (ends[-1], 0, ""), (ends[0] - 5, 21, ""),
+                            (ends[3], 18, "5\n")):
+        path.write_text(text[:cut] + more)
         asked.clear()
         command("--no-swapped")
         assert sum(asked) == left and saved(place) == expected

@@ -83,6 +83,8 @@ def test_no_audio_in_the_batch():
         q, k, v, _ = make(3, L)
         out = kernels.masked_cross_attention(q, k, v, torch.zeros(3, 3, dtype=torch.int32))
         assert (out == 0).all() and all((g == 0).all() for g in torch.autograd.grad(out.sum(), (q, k, v)))
+    q, k, v, kv_len = make()
+    assert kernels.masked_cross_attention(q[:, :, :0], k, v, kv_len[:, :0]).shape == (3, 2, 0, 8), "no text at all"
 
 
 def test_more_visible_keys_than_there_are_is_an_error():
