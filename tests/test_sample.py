@@ -385,7 +385,7 @@ def test_typed_special_tokens_are_text(model, tokenizer, place):
 ])
 def test_a_mistake_is_one_line_and_exit_code_2(command, argv, told):
     code, out, err = command(*argv)
-    lines = [line for line in err.splitlines() if not line.startswith(("shot for", "encoding"))]
+    lines = [line for line in err.splitlines() if line and not line.startswith(("shot for", "encoding"))]
     assert code == 2 and out == "" and len(lines) == 1 and lines[0].startswith("error: ") and told in lines[0]
 
 
