@@ -76,6 +76,7 @@ def at_least(args, **limits: float) -> None:
 def alone(folder: Path, option: str) -> Iterator[None]:
     """UserError where another process writes to `folder`: two would mix their files. `option` names another folder."""
     lock = folder.with_name(f".{folder.name}.lock")
+    made = not lock.parent.exists()
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
         file = open(lock, "w")
@@ -94,6 +95,8 @@ def alone(folder: Path, option: str) -> Iterator[None]:
         finally:
             with contextlib.suppress(OSError):                         # Windows keeps what is open
                 lock.unlink()
+                if made:
+                    lock.parent.rmdir()                                # which fails where something is in it
 
 
 def glibc(function: str, *numbers: int) -> None:
