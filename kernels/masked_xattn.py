@@ -84,12 +84,12 @@ def walk_keys(q, acc, m, l, k_ptr, v_ptr, n, low, high, stride_l, K: tl.constexp
             v = tl.load(v_ptr + offset, mask=j[:, None] < high, other=0.0)
         else:
             k, v = tl.load(k_ptr + offset), tl.load(v_ptr + offset)
-        s = product(q, tl.trans(k), tl.zeros([q.shape[0], BLOCK_L], tl.float32)) * scale
+        s = product(q, tl.trans(k), tl.zeros([q.shape[0], BLOCK_L], tl.float32))
         if EDGE:
             s = tl.where(j[None, :] < n[:, None], s, float("-inf"))
-        m_new = tl.maximum(m, tl.max(s, 1))
+        m_new = tl.maximum(m, tl.max(s, 1) * scale)                 # a number is scaled and shifted in one instruction, below
         shift = tl.where(m_new == float("-inf"), 0.0, m_new)        # a row that has seen no key yet: no inf - inf
-        p = tl.exp2(s - shift[:, None])
+        p = tl.exp2(s * scale - shift[:, None])
         shrink = tl.exp2(m - shift)
         l = l * shrink + tl.sum(p, 1)
         acc = product(p.to(v.dtype), v, acc * shrink[:, None])
@@ -123,6 +123,28 @@ def xattn_forward(q_ptr, k_ptr, v_ptr, n_ptr, o_ptr, lse_ptr, T, H, q_b, q_h, q_
 
 
 @triton.jit
+def walk_keys_back(q, do, lse, delta, dq, k_ptr, v_ptr, n, low, high, stride_l, K: tl.constexpr, BLOCK_L: tl.constexpr,
+                   EDGE: tl.constexpr):
+    """dq + the sum of ds k over the keys low .. high-1; EDGE as in `walk_keys`."""
+    d = tl.arange(0, K)
+    for start in range(low, high, BLOCK_L):
+        j = start + tl.arange(0, BLOCK_L)
+        offset = j[:, None] * stride_l + d[None, :]
+        if EDGE:
+            k = tl.load(k_ptr + offset, mask=j[:, None] < high, other=0.0)
+            v = tl.load(v_ptr + offset, mask=j[:, None] < high, other=0.0)
+        else:
+            k, v = tl.load(k_ptr + offset), tl.load(v_ptr + offset)
+        s = product(q, tl.trans(k), tl.zeros([q.shape[0], BLOCK_L], tl.float32))
+        p = tl.exp2(s * (LOG2E * K ** -0.5) - lse[:, None])
+        if EDGE:
+            p = tl.where(j[None, :] < n[:, None], p, 0.0)
+        dp = product(do, tl.trans(v), tl.zeros([q.shape[0], BLOCK_L], tl.float32))
+        dq = product((p * (dp - delta[:, None])).to(k.dtype), k, dq)
+    return dq
+
+
+@triton.jit
 def xattn_dq(q_ptr, k_ptr, v_ptr, n_ptr, o_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, T, H,
              q_b, q_h, q_t, k_b, k_h, k_l, o_b, o_h, o_t, K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_L: tl.constexpr):
     """The forward walk again, now summing ds k. do and dq have the strides of o; delta (B, H, T) is written for xattn_dkv."""
@@ -138,17 +160,12 @@ def xattn_dq(q_ptr, k_ptr, v_ptr, n_ptr, o_ptr, do_ptr, lse_ptr, delta_ptr, dq_p
     lse = tl.load(lse_ptr + rows, mask=inside, other=float("inf"))
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
     tl.store(delta_ptr + rows, delta, mask=inside)
-    dq = tl.zeros([BLOCK_T, K], tl.float32)
     longest = tl.max(n, 0)
-    for start in range(0, longest, BLOCK_L):
-        j = start + tl.arange(0, BLOCK_L)
-        offset = b * k_b + h * k_h + j[:, None] * k_l + d[None, :]
-        k = tl.load(k_ptr + offset, mask=j[:, None] < longest, other=0.0)
-        v = tl.load(v_ptr + offset, mask=j[:, None] < longest, other=0.0)
-        s = product(q, tl.trans(k), tl.zeros([BLOCK_T, BLOCK_L], tl.float32)) * (LOG2E * K ** -0.5)
-        p = tl.where(j[None, :] < n[:, None], tl.exp2(s - lse[:, None]), 0.0)
-        dp = product(do, tl.trans(v), tl.zeros([BLOCK_T, BLOCK_L], tl.float32))
-        dq = product((p * (dp - delta[:, None])).to(k.dtype), k, dq)
+    whole = tl.min(tl.where(inside, n, longest), 0) // BLOCK_L * BLOCK_L
+    dq = tl.zeros([BLOCK_T, K], tl.float32)
+    k_ptr, v_ptr = k_ptr + b * k_b + h * k_h, v_ptr + b * k_b + h * k_h
+    dq = walk_keys_back(q, do, lse, delta, dq, k_ptr, v_ptr, n, 0, whole, k_l, K, BLOCK_L, False)
+    dq = walk_keys_back(q, do, lse, delta, dq, k_ptr, v_ptr, n, whole, longest, k_l, K, BLOCK_L, True)
     tl.store(dq_ptr + o_offset, (dq * K ** -0.5).to(dq_ptr.dtype.element_ty), mask=inside[:, None])
 
 
