@@ -86,7 +86,9 @@ def alone(folder: Path, option: str) -> Iterator[None]:
         try:
             if fcntl:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)       # released by a kill too; a fork does not hold it
-        except (BlockingIOError, PermissionError):
+            if not os.path.samestat(os.fstat(file.fileno()), lock.stat()):     # the one before removed it in between: others lock a new one
+                raise BlockingIOError
+        except (BlockingIOError, PermissionError, FileNotFoundError):
             raise UserError(f"{folder}: another process is writing there; wait until it has ended, or give another {option}") from None
         except OSError:                                                # a file system without locks
             pass

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from af_min import manifest
+from af_min import cli, manifest
 from af_min.cli import UserError
 
 ROW = {"audio": "audio/x.flac", "task": "AQA", "prompt": "how many?", "answer": "two"}
@@ -90,6 +90,13 @@ def test_a_link_leads_to_the_data_set(tmp_path):
             manifest.write_card(folder, source=source)
         assert manifest.read_card(tmp_path / "big disk")["source"] == source
     assert (tmp_path / "a").is_symlink() and {path.name for path in tmp_path.iterdir()} == {"a", "big disk"}
+
+
+def test_a_lock_that_was_removed_before_it_was_taken_locks_nothing(tmp_path, monkeypatch):
+    lockf = cli.fcntl.lockf
+    monkeypatch.setattr(cli.fcntl, "lockf", lambda *args: ((tmp_path / ".a.lock").unlink(), lockf(*args)))
+    with pytest.raises(UserError, match="another process is writing there"), cli.alone(tmp_path / "a", "--out"):
+        pass
 
 
 def test_two_processes_do_not_make_one_data_set(tmp_path):
