@@ -55,14 +55,12 @@ def opened(path) -> soundfile.SoundFile:
     if Path(path).stat().st_size == 0:
         raise AudioError(path, "empty", "the file has 0 bytes")
     try:
-        with open(path, "rb") as file:
-            head = file.read(23)
-        if head == b"version https://git-lfs":
-            raise AudioError(path, "unreadable", "a Git LFS pointer in place of the recording; get it with `git lfs pull`")
-        if head[:3] == b"ID3" or frame_length(head[:4]):
+        with open(path, "rb") as head:
+            if head.read(23) == b"version https://git-lfs":
+                raise AudioError(path, "unreadable", "a Git LFS pointer in place of the recording; get it with `git lfs pull`")
+        file = soundfile.SoundFile(os.fsencode(path) if NOT_UTF8.search(str(path)) else path)
+        if file.format == "MP3":
             file = soundfile.SoundFile(io.BytesIO(mp3_with_length(path)))
-        else:
-            file = soundfile.SoundFile(os.fsencode(path) if NOT_UTF8.search(str(path)) else path)
         if file.format == "RAW":                                # any bytes, for libsndfile, where the name ends in .au
             raise TypeError("no header")
     except (soundfile.SoundFileError, TypeError, OSError) as error:      # TypeError: a headerless format by its name

@@ -232,6 +232,15 @@ def test_an_mp3_without_a_length_in_it_is_heard_whole(tmp_path, mode, rate, chan
     refused(tmp_path / "d.mp3", "truncated")
 
 
+def test_a_flac_behind_an_id3_tag_is_no_mp3_whatever_is_in_it(tmp_path):
+    soundfile.write(tmp_path / "x.flac", tone(500, 16_000, 1), 16_000)
+    data = (tmp_path / "x.flac").read_bytes()
+    block = b"like" + b"\xff\xfb\x90\x00".ljust(417, b"\0") * 2                               # of an application: two frames of an mp3
+    data = data[:42] + b"\2" + len(block).to_bytes(3, "big") + block + data[42:]
+    (tmp_path / "x.flac").write_bytes(b"ID3\4\0\0\0\0\0\x0a" + bytes(10) + data)
+    assert list(audio_files.mp3_frames(data)) and inspect(tmp_path / "x.flac") == 1
+
+
 @pytest.mark.parametrize("extension", ["wav", "flac", "ogg", "mp3"])
 @pytest.mark.parametrize("kept", [0.5, 0.9, 0.97])
 def test_truncated_recordings_are_noticed(tmp_path, extension, kept):
