@@ -198,7 +198,8 @@ def _gather(entry: DataSet, work: Path, source: str, mirror: str, progress: Call
     """The set's files in `source` (verified) or `work` (fetched) -> the archives to unpack; are its tables as published?"""
     shutil.rmtree(work / "unpacked", ignore_errors=True)
     work.mkdir(parents=True, exist_ok=True)
-    held = {path.name: path for path in folder.walk(source)} if source else {}
+    names = {file.name for file in entry.files}
+    held = {path.name: path for path in folder.walk(source) if path.name in names and path.is_file()} if source else {}
     here = [file for file in entry.files if file.name in held]
     listed = entry.read is readers.crema_d             # its one file lists the others: address, size, sha256
     missing = [file for file in entry.files if file.name not in held and not (source and (file.packed or listed))]

@@ -250,10 +250,12 @@ def test_mistakes_and_what_to_do(home, monkeypatch, capsys):
     assert "{youtube_id}_{start_time}.flac" in says("--dataset", "audiocaps")
     assert "there is no such folder" in says("--dataset", "gtzan", "--source", "none")
     (home / "empty").mkdir()
+    (home / "empty/genres.tar.gz").symlink_to("gone")
     assert "empty: no usable recording" in says("--dataset", "gtzan", "--source", "empty")
     soundfile.write(home / "empty/x.wav", np.ones(8), RATE)
     assert "empty: no usable recording (none has a name" in says("--dataset", "ravdess", "--source", "empty")
     (home / "empty/x.wav").unlink()
+    (home / "empty/genres.tar.gz").unlink()
     assert "table that is not there: 1, e.g. esc50.csv" in says("--dataset", "esc50", "--source", "empty")
     with serve(home / "empty") as (address, _):
         assert "genres.tar.gz: not to be had (HTTP Error 404" in says("--dataset", "gtzan", "--mirror", address)
