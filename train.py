@@ -120,8 +120,7 @@ def parse_arguments() -> Args:
     if args.seed >= 1 << 43:
         raise UserError(f"--seed {args.seed}: expected less than 2**43; every step makes its own of it")
     cli.at_least(args, seed=0, steps=0, lr=0, batch=0, batch_tokens=0, accumulate=1, checkpoint_every=1)
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    if args.shard and processes == 1:
+    if args.shard and int(os.environ.get("WORLD_SIZE", 1)) == 1:
         raise UserError("--shard spreads the model over processes: start them with torchrun --nproc_per_node N train.py --shard")
     for flag_name in ("init", "encoder"):
         folder = getattr(args, flag_name)
@@ -133,8 +132,6 @@ def parse_arguments() -> Args:
         raise UserError("--lm makes a new model and --init goes on with one: use one of the two")
     if args.clap and args.encoder:
         raise UserError("--clap and --encoder both name the window encoder: use one of the two")
-    if "clap" in stages_of(args) and (batch := stage_settings(args, "clap").batch) % (4 * processes):
-        raise UserError(f"--batch {batch}: the clap stage needs a multiple of 4 windows a process ({processes} processes)")
     if args.lm and args.stage in ("pretrain", "sft") and not (args.clap or args.encoder):
         raise UserError(f"--lm {args.lm} --stage {args.stage}: name a trained window encoder, --clap FILE or --encoder RUN; "
                         "without --stage one is trained first")
@@ -164,6 +161,9 @@ def train(args: Args, world: World, folders, run: Path) -> None:
     """All stages, the run folder, its scores."""
     stages = stages_of(args)
     found, state = where_to_go_on(args, run) if args.resume else (None, {"stage": stages[0], "step": 0})
+    left = stages[stages.index(state["stage"]):]
+    if "clap" in left and (batch := stage_settings(args, "clap").batch) % (4 * world.size):
+        raise UserError(f"--batch {batch}: the clap stage needs a multiple of 4 windows a process ({world.size} processes)")
     tokenizer, config, weights = start_from(args, folders, run, world)
     torch.manual_seed(args.seed)
     everything = Everything(config).to(world.device)
@@ -180,7 +180,7 @@ def train(args: Args, world: World, folders, run: Path) -> None:
     del weights
     lighten(everything, args)
     draw, started, lines = Drawing(run), time.time(), []
-    for stage in stages[stages.index(state["stage"]):]:
+    for stage in left:
         first = state["step"] if stage == state["stage"] else 0
         c = stage_settings(args, stage)
         if first < c.steps:
