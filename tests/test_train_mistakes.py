@@ -76,6 +76,13 @@ def test_a_mistake_costs_no_model_of_that_name(trained, scenes_data, tmp_path, c
     assert weights(tmp_path / "runs" / "run" / "model.safetensors") and (tmp_path / "runs" / "run" / "checkpoint").exists()
 
 
+def test_what_reads_no_recordings_needs_none(trained, scenes_data, tmp_path):
+    rows = manifest.read_rows(scenes_data / "train.jsonl")
+    a_data_set(tmp_path / "x", [row for row in rows if row["task"] == "AudioCaptioning"][:20])
+    shutil.copytree(trained[0], tmp_path / "runs" / "run")
+    train(tmp_path, "x", "--name", "run", "--stage", "lm", "--steps", 1)
+
+
 def test_a_row_with_more_recordings_than_the_model_takes_is_told(scenes_data, tmp_path, capsys):
     rows = manifest.read_rows(scenes_data / "train.jsonl")[:3]
     rows[0] = {**ROW, "audio": rows[1]["audio"], "shots": [{**ROW, "audio": rows[1]["audio"]}] * 9}
