@@ -143,13 +143,19 @@ def readable(name: str) -> str:
 
 
 def walk(root, *apart) -> Iterator[Path]:
-    """Every file below `root`, in the order of names, also behind links to folders, but for hidden ones, the folders `apart` and
-    links that lead back up."""
-    above = {str(root): list(map(os.path.realpath, (root, *apart)))}
+    """Every file below `root`, in the order of names, also behind links to folders, but for hidden ones, the folders `apart`, links
+    that lead back up and, behind a link, links to what was seen before: folders that lead to each other would have no end."""
+    above, seen = {str(root): (list(map(os.path.realpath, (root, *apart))), False)}, set()       # is a folder behind a link?
     for folder, inner, names in os.walk(root, followlinks=True):
-        paths = {name: os.path.join(folder, name) for name in sorted(inner) if not name.startswith((".", "__MACOSX"))}
-        inner[:] = [name for name, path in paths.items() if os.path.realpath(path) not in above[folder]]
-        above |= {paths[name]: [*above[folder], os.path.realpath(paths[name])] for name in inner}
+        closed, behind = above.pop(folder)
+        found, inner[:] = sorted(name for name in inner if not name.startswith((".", "__MACOSX"))), []
+        for name in found:
+            path = os.path.join(folder, name)
+            real, link = os.path.realpath(path), os.path.islink(path)
+            if real not in closed and not (behind and link and real in seen):
+                inner.append(name)
+                above[path] = [*closed, real], behind or link
+                seen.add(real)
         yield from (Path(folder) / name for name in sorted(names) if not name.startswith("."))
 
 

@@ -11,7 +11,7 @@ import soundfile
 
 from af_min import cli, manifest
 from af_min.cli import UserError
-from af_min.folder import import_folder
+from af_min.folder import import_folder, walk
 
 RATE = 16_000
 
@@ -144,6 +144,14 @@ def test_links_to_folders_are_followed_but_not_in_a_circle(src, out):
     (src / "dog").symlink_to(src.parent / "elsewhere")
     (src.parent / "elsewhere" / "back").symlink_to(src)
     assert import_folder(src, out, RATE).problems == {} and {row["file"] for row in rows_of(out)} == {"cat/a.wav", "dog/b.wav", "dog/far/c.wav"}
+
+
+def test_folders_that_all_lead_to_each_other_have_an_end(src):
+    for n in range(12):
+        sound(src / f"{n}/x.wav", n)
+        for other in range(12):
+            (src / f"{n}/to {other}").symlink_to(src / f"{other}")
+    assert len(list(walk(src))) == 12 + 12 * 11
 
 
 def test_long_recordings_are_cut_and_reported(src, out):
