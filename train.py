@@ -151,9 +151,7 @@ def main() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False    # nothing reads it, and filling it takes 8 % of the time
     prepare(args, world)
     folders, run = data.parse_data(args.data), Path("runs") / args.name
-    with contextlib.ExitStack() as held:
-        if world.rank == 0:
-            held.enter_context(cli.alone(run, "--name"))
+    with cli.alone(run, "--name") if world.rank == 0 else contextlib.nullcontext():
         train(args, world, folders, run)
 
 
