@@ -1,14 +1,14 @@
-"""Step 1 of the walk: a recording becomes overlapping windows, and every window a log-mel picture. Next: clap.py.
+"""Step 1 of the walk: a recording becomes overlapping windows, and every window a log-mel spectrogram. Next: clap.py.
 
 A CLAP encoder hears a few seconds at a time. Long recordings are therefore cut into overlapping windows (paper section
-3.1), each of which becomes one embedding; what happened when survives as the order of the windows:
+3.1 i), each of which becomes one embedding; the order of events survives as the order of windows. s seconds make
 
-    W = 1                                 if T <= window
-    W = 1 + ceil((T - window) / hop)      otherwise, at most max_windows; the tail is padded with zeros
+    W = 1                                 if s <= window
+    W = 1 + ceil((s - window) / hop)      otherwise, at most max_windows; the last one is padded with zeros
 
 The encoder looks at the power spectrum on the mel scale, in decibels. With frames f, frequencies k and mel bins m:
 
-    X[f, k]   = sum_n hann[n] x[f stft_hop + n - n_fft/2] exp(-2 pi i k n / n_fft)       (edges reflected)
+    X[f, k]   = sum_n hann[n] x[f stft_hop + n - n_fft/2] exp(-2 pi i k n / n_fft)       (x is reflected at its edges)
     mel[f, m] = 10 log10 max(sum_k |X[f, k]|^2 filters[k, m], 1e-10)                     (0 dB = power 1)
 """
 from __future__ import annotations
@@ -31,7 +31,7 @@ POWER_FLOOR = 1e-10        # -100 dB
 class Recording:
     samples: np.ndarray        # (S,) float32 in [-1, 1], on the grid of 16-bit integers
     sample_rate: int           # Hz
-    dropped_seconds: float     # what the file holds beyond start + max_seconds
+    dropped_seconds: float     # length of what the file holds beyond start + max_seconds
 
     @property
     def seconds(self) -> float:
@@ -43,10 +43,10 @@ class Recording:
 
 
 def load(path, sample_rate: int, start: float = 0.0, max_seconds: float | None = None) -> Recording:
-    """The span [start, start + max_seconds) of channel 0 at `sample_rate` Hz, its peak scaled to 1. Always the same span.
+    """The seconds start .. start + max_seconds of channel 0 at `sample_rate` Hz, its peak scaled to 1; no random crop.
 
-    As in the published system only channel 0 is heard, the peak is normalised after resampling, and samples are cut
-    (towards zero) to the 16-bit grid. Silence stays silence. AudioError says what is wrong with a file.
+    As in the published system only channel 0 is heard, the peak is normalised after resampling, and samples are rounded
+    towards zero to the 16-bit grid. Silence stays silence. AudioError says what is wrong with a file.
     """
     with opened(path) as file:
         rate, first = file.samplerate, round(start * file.samplerate)
@@ -83,7 +83,7 @@ def windows(samples_S, config: AudioConfig) -> Tensor:
 def mel_filters(config: AudioConfig) -> Tensor:
     """(n_fft/2 + 1, M) triangular filters of equal area on the mel scale of Slaney's Auditory Toolbox (librosa's default).
 
-    The scale is linear up to 1000 Hz (15 mel) and logarithmic above (27 mel for a factor of 6.4). Filter m rises from
+    The scale is linear up to 1000 Hz (15 mel), logarithmic above (27 mel for a factor of 6.4). Of edges equally far apart on it, filter m rises from
     edge m to edge m + 1 and falls to edge m + 2; its height 2 / (width in Hz) makes its area 1.
     """
     def mel_of(hz):
@@ -100,7 +100,7 @@ def mel_filters(config: AudioConfig) -> Tensor:
 
 
 class Float32(nn.Module):
-    """A module that moves between devices but stays float32: 100 dB of dynamics do not fit into bf16's 8 bits."""
+    """A module that moves between devices but stays float32: in bf16, of 8 bits, rounding hides what is 50 dB below the loudest."""
 
     def _apply(self, fn, recurse=True):
         return super()._apply(lambda t: fn(t) if fn(t).dtype == t.dtype else t.to(fn(t).device), recurse)
@@ -109,7 +109,7 @@ class Float32(nn.Module):
 class LogMel(Float32):
     """Windows (A, S) in [-1, 1] -> log-mel (A, F, M) in dB, F = 1 + S // stft_hop.
 
-    `filters` (n_fft/2 + 1, M) and `window` (n_fft,) are buffers: a published checkpoint brings its own, and they win.
+    `filters` (n_fft/2 + 1, M) and `window` (n_fft,) are buffers: those of a published checkpoint replace them.
     """
 
     def __init__(self, config: AudioConfig):

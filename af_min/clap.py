@@ -1,22 +1,22 @@
-"""Step 2 of the walk: a window becomes one vector. Reads log-mel pictures of audio.py; next: representation.py.
+"""Step 2 of the walk: a window becomes one vector. Reads windows and log-mel of audio.py; next: representation.py.
 
-CLAP trains an audio tower and a text tower so that a sound and its caption get similar vectors. Audio Flamingo keeps the
-audio tower alone, frozen. It is HTSAT (arXiv 2202.00874): a Swin transformer (arXiv 2103.14030) on the log-mel picture,
-which is first folded into a square, because a Swin wants one: r pieces of time, stacked along frequency.
+CLAP trains an audio tower and a text tower so that a sound and its caption get similar vectors. Audio Flamingo takes the
+audio tower of ClapCap (arXiv 2309.05767) alone, frozen. It is HTSAT (arXiv 2202.00874): a Swin transformer (arXiv
+2103.14030), which reads square images: the log-mel is cut into r pieces of time that are stacked along frequency.
 
-    x = BatchNorm(log-mel), stretched in time to r * image_size frames            (frames, M) -> (r image_size, M)
-    image[i M + m, t] = x[i image_size + t, m],   i < r = image_size / M          4 x 4 pixels make a token
-    stages of blocks   x += Attention(LN(x)),  x += MLP(LN(x))                    inside windows of w x w tokens
+    x = BatchNorm(log-mel), stretched in time to r * image_size frames            (F, M) -> (r image_size, M)
+    image[i M + m, t] = x[i image_size + t, m],   i < r = image_size / M          patch x patch pixels make a token
+    stages of blocks   x += Attention(LN(x)),  x += MLP(LN(x))                    attention inside squares of w x w tokens
     between stages     2 x 2 tokens merge into one of twice the width
     latent = mean over tokens of LN(x)
     embedding = LN(e + W2 GELU(e)),  e = W1 latent                                not L2-normalised
 
-Every second block shifts the grid of attention windows by half a window, so that neighbours meet. Position is known
-through a learned bias on the attention logits, one number per head and offset between two tokens.
+Swin calls the squares windows. Every second block shifts them by half their side, so that neighbours meet. Position is
+known through a learned bias on the attention logits, one number per head and offset between two tokens.
 
 Our own training (`train.py --stage clap`) needs the text tower too. Its loss, for B pairs with unit vectors a_i, t_j:
 
-    p_ij = exp(s a_i . t_j) / sum_j exp(s a_i . t_j)         loss = -mean_i sum_j y_ij log p_ij, and the same for columns
+    p_ij = exp(s a_i . t_j) / sum_k exp(s a_i . t_k)         loss = mean of -mean_i sum_j y_ij log p_ij and its twin over columns
 
 y_ij = 1 / (number of captions in the batch equal to caption i) where caption j equals caption i, else 0.
 """
@@ -47,7 +47,7 @@ class Block(nn.Module):
         self.fc1, self.fc2 = Linear(width, 4 * width), Linear(4 * width, width)
 
     def forward(self, x_BTD: Tensor, bias: Tensor) -> Tensor:
-        """x (B, T, D) -> (B, T, D). bias: what is added to the logits, for one sample, for each, or for the first of several rounds."""
+        """x (B, T, D) -> (B, T, D). bias (n, 1 or H, T, T) is added to the logits, n a divisor of B: sample b takes that of b % n."""
         q, k, v = rearrange(self.qkv(self.norm1(x_BTD)), "b t (three h k) -> three b h t k", three=3, h=self.heads)
         heard = attention(q, k, v, bias.to(q.dtype))
         x_BTD = x_BTD + self.proj(rearrange(heard, "b h t k -> b t (h k)"))
@@ -55,7 +55,7 @@ class Block(nn.Module):
 
 
 class SwinBlock(nn.Module):
-    """A block that runs inside windows of w x w tokens of a (side x side) grid, shifted by `shift` tokens (torus-wise)."""
+    """A block inside windows of w x w tokens of a (side x side) grid, which is first rolled by `shift` tokens, wrapping around."""
 
     def __init__(self, width: int, heads: int, side: int, window: int, shifted: bool):
         super().__init__()
@@ -69,7 +69,7 @@ class SwinBlock(nn.Module):
         self.register_buffer("wrapped", self._wrapped(side), persistent=False)
 
     def _wrapped(self, side: int) -> Tensor | None:
-        """(windows, 1, w w, w w): -100 between tokens that only the wrap-around of the shift has brought together."""
+        """(windows, 1, w w, w w): -100, a weight of 0, between tokens that only the wrap-around has brought together."""
         if not self.shift:
             return None
         place = torch.arange(side)
@@ -180,7 +180,7 @@ class TextTower(nn.Module):
         nn.init.normal_(self.embed.weight, std=0.5)
 
     def forward(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
-        """mask: 1 or True at real tokens, at least one a row. Word order enters by sines of the position."""
+        """mask: 1 or True at real tokens, at least one per row. Word order enters through `sines` of the position."""
         place = mask_BT.cumsum(1) - 1                                          # left and right padding give the same
         x_BTD = self.embed(ids_BT) + sines(place, self.embed.embedding_dim).to(self.embed.weight.dtype)
         bias = torch.zeros_like(mask_BT, dtype=x_BTD.dtype).masked_fill(mask_BT == 0, -1e4)[:, None, None, :]
@@ -192,14 +192,14 @@ class TextTower(nn.Module):
 
 
 def sines(place_BT: Tensor, width: int) -> Tensor:
-    """Positions (B, T) -> (B, T, width): sin and cos of place / 10000^(2 d / width)."""
+    """Positions (B, T) -> (B, T, width): first sin, then cos of place / 10000^(2 d / width), d < width / 2."""
     rate = torch.exp(torch.arange(0, width, 2, device=place_BT.device) * (-math.log(10_000) / width))
     angle = place_BT[..., None] * rate
     return torch.cat([angle.sin(), angle.cos()], -1)
 
 
 def contrastive_loss(audio_BD: Tensor, text_BD: Tensor, log_scale: Tensor, labels_B: Tensor) -> Tensor:
-    """Symmetric InfoNCE of B pairs; s = exp(log_scale). Pairs with equal labels (the same caption) are all positives."""
+    """Symmetric InfoNCE of B pairs (module docstring); s = exp(log_scale). Equal labels (the same caption) are all positives."""
     logits = log_scale.exp() * F.normalize(audio_BD.float(), dim=-1) @ F.normalize(text_BD.float(), dim=-1).T
     same = (labels_B[:, None] == labels_B[None, :]).to(logits.dtype)
     target = same / same.sum(1, keepdim=True)                                  # symmetric: equal captions share a row sum

@@ -1,14 +1,14 @@
 """Step 0 of the walk: every number of the system, in one place. Next: audio.py.
 
-One frozen dataclass a part. A preset is one instance of `Config`: `tiny` trains on two CPU cores in minutes, `af1`
-has the paper's dimensions (arXiv 2402.01831, section 3; 2.2 B parameters). Presets differ in numbers, never in code
-path. Settings that the paper's architecture does not have say so, give their reason, and are off in `af1`.
+One frozen dataclass per part. A preset is one instance of `Config`: `tiny` trains on two CPU cores in minutes, `af1`
+has the paper's dimensions ("paper" is arXiv 2402.01831 throughout; section 3.1; 2.2 B parameters). Both run the same
+classes. Settings that the paper's architecture does not have say so, give their reason, and are off in `af1`.
 
 The shape legend of the whole project, used as a suffix (`x_BTD`) or in a comment:
 
-    B  batch (samples)      N  audios of a sample        W  windows of an audio       S  audio samples of a window
-    T  text tokens          L  audio tokens of a sample (all its audios, packed)      V  vocabulary
-    D  width                H  attention heads           K  width of one head         M  mel bins    F  frames
+    B  samples of a batch   N  audios of a sample             W  windows of an audio            S  waveform samples
+    T  text tokens          L  audio tokens of all N audios   A  windows or audios of a batch   V  vocabulary
+    D  width                H  attention heads                K  width of one head              M  mel bins    F  STFT frames
 """
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from .cli import UserError
 
 @dataclass(frozen=True)
 class AudioConfig:
-    """Waveform -> windows -> log-mel (paper section 3.1: 7 s windows, 75 % overlap, at most 16 of them)."""
+    """Waveform -> windows -> log-mel (paper section 3.1 i: 7 s windows, 75 % overlap, at most 16 of them)."""
     sample_rate: int = 44_100        # Hz
     window: float = 7.0              # seconds of one window
-    hop: float = 1.75                # seconds from one window to the next
+    hop: float = 1.75                # seconds from the start of one window to that of the next
     max_windows: int = 16            # 7 + 15 * 1.75 = 33.25 s; what lies beyond is cut, with a warning
-    n_fft: int = 1024                # samples of one STFT frame
-    stft_hop: int = 320              # samples from one STFT frame to the next
+    n_fft: int = 1024                # waveform samples of one STFT frame
+    stft_hop: int = 320              # waveform samples from one STFT frame to the next
     n_mels: int = 64
     fmin: float = 50.0               # Hz
     fmax: float = 14_000.0           # Hz
-    mel_sample_rate: int = 32_000    # Hz that the mel matrix is computed for: ClapCap feeds a 32 kHz matrix 44.1 kHz audio
+    mel_sample_rate: int = 32_000    # Hz, the rate the mel filters are made for: ClapCap applies 32 kHz filters to 44.1 kHz audio
 
     @property
     def window_samples(self) -> int:
@@ -47,41 +47,41 @@ class AudioConfig:
 @dataclass(frozen=True)
 class ClapConfig:
     """Window encoder (HTSAT, the audio tower of ClapCap) and, for `train.py --stage clap`, its text tower."""
-    image_size: int = 256            # the (frames x mels) log-mel is folded into a square image of this side
-    patch: int = 4                   # image pixels a patch
+    image_size: int = 256            # pixels a side of the square image that the log-mel is folded into
+    patch: int = 4                   # pixels a side of a patch, which becomes one token
     width: int = 96                  # channels of the first stage; doubles with every stage
-    depths: tuple[int, ...] = (2, 2, 6, 2)
-    heads: tuple[int, ...] = (4, 8, 16, 32)
-    attention_window: int = 8        # patches on a side of a Swin window
+    depths: tuple[int, ...] = (2, 2, 6, 2)       # blocks of each stage
+    heads: tuple[int, ...] = (4, 8, 16, 32)      # attention heads of each stage
+    attention_window: int = 8        # tokens a side of a window that attention stays within (Swin's; not of audio)
     out_width: int = 1024            # width of a window embedding
-    text_width: int = 768            # text tower (ours: a small causal-free transformer; published weights do not need it)
+    text_width: int = 768            # text tower (ours: a small bidirectional transformer; published weights do not need it)
     text_layers: int = 2
     text_heads: int = 8
 
 
 @dataclass(frozen=True)
 class RepresentationConfig:
-    """Audio representation transformation layers (paper section 3.1: 3 layers, 8 heads, inner width 2048)."""
+    """Audio representation transformation layers (paper section 3.1 ii: 3 layers, 8 heads, inner width 2048)."""
     layers: int = 3
     heads: int = 8
-    inner: int = 2048
+    inner: int = 2048                # feed-forward width
     max_audios: int = 8              # size of the position table: max_audios * max_windows rows
-    scale: float = 0.0               # of the embeddings beside their positions; 0: sqrt(D), as published, which leaves positions
-                                     # 1/D of the power; tiny uses 1, to show the order of windows. Not measured apart
-    attend_padding: bool = False     # True = the published model: one sequence of all slots, padding and later audios included
+    scale: float = 0.0               # factor of the embeddings before positions are added; 0: sqrt(D), as published, which leaves positions
+                                     # about 1/(2 D) of the power; tiny uses 1, to show the order of windows. Not measured apart
+    attend_padding: bool = False     # True = the published model: all slots of a sample in one sequence, later audios and silence attended too
 
 
 @dataclass(frozen=True)
 class XattnConfig:
-    """Gated cross-attention dense blocks (paper section 3.2; Flamingo, arXiv 2204.14198, section 2.4)."""
+    """Gated cross-attention dense blocks (paper section 3.1 iv; Flamingo, arXiv 2204.14198, section 2.2)."""
     heads: int = 8
     head_dim: int = 64
-    ff_mult: int = 4
-    every: int = 1                   # a block before every n-th LM layer
+    ff_mult: int = 4                 # feed-forward width, in widths of the LM
+    every: int = 1                   # a block before LM layers 0, every, 2 every, ...
     gate_init: float = 0.0           # the attention gate starts at tanh(gate_init), the feed-forward's at 0; 0 leaves the LM unchanged
-    audio_index: bool = False        # not in the paper: see xattn.py
+    audio_index: bool = False        # not in the paper: xattn.py says why
     null_key: bool = False           # likewise
-    mask: str = "block"              # ablations, without a kernel: "last" = a text's own audio alone, "full" = later audios too
+    mask: str = "block"              # ablations: "last" = a text's own audio alone (without a kernel), "full" = later audios too
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class LMConfig:
     max_positions: int = 2048
     positions: str = "learned"       # learned (OPT: table with an offset of 2) | rope (Llama)
     rope_theta: float = 10_000.0
-    rope_scaling: tuple[float, ...] = ()     # Llama 3.1: factor, low and high frequency factor, tokens of its first pre-training
+    rope_scaling: tuple[float, ...] = ()     # Llama 3.1: factor, low and high frequency factor, original context length
     norm: str = "layer"              # layer (OPT) | rms (Llama)
     norm_eps: float = 1e-5
     mlp: str = "relu"                # relu (OPT) | swiglu (Llama)
@@ -106,7 +106,7 @@ class LMConfig:
     tied_head: bool = True           # the published Audio Flamingo checkpoints untie it
     dropout: float = 0.0             # active in training mode only
     conv: int = 0                    # taps of a causal convolution before attention; 0 = none. Not in the paper: a small model
-                                     # should learn to match ("A B ... A" -> B) sooner when a key knows its neighbour; not measured apart
+                                     # should learn to match ("A B ... A" -> B) sooner if a key holds its left neighbours; not measured apart
 
 
 @dataclass(frozen=True)
@@ -139,17 +139,17 @@ PRESETS = {"tiny": TINY, "af1": AF1}
 
 @dataclass(frozen=True)
 class StageConfig:
-    """How one stage of training runs (AdamW with beta .9 and .95, or Muon; gradient norm clipped)."""
+    """How one stage of training runs (AdamW with betas .9 and .95, or Muon; gradient norm clipped)."""
     steps: int
     lr: float
     warmup: int                      # steps of linear warm-up
     batch: int                       # samples of the global batch, at most (clap: windows)
-    batch_tokens: int                # padded text tokens of the global batch, at most
+    batch_tokens: int                # padded text tokens of the global batch, at most (clap: not used)
     optimizer: str = "adamw"         # adamw | muon: muon.py
-    lm_rate: float = 1.0             # of the language model's learning rate, times lr: below 1 it does not outrun what listens for it
+    lm_rate: float = 1.0             # learning rate of the language model / lr; below 1 it changes more slowly than the layers that listen for it
     decay: bool = False              # after the warm-up: False = constant (released settings), True = linear to a twentieth
     weight_decay: float = 0.1
-    clip: float = 1.0
+    clip: float = 1.0                # largest norm of the gradient
     max_tokens: int = 512            # a longer sample is cut
 
 
@@ -161,7 +161,7 @@ STAGES = {
         "sft": StageConfig(steps=1150, lr=2.5e-3, warmup=100, optimizer="muon", lm_rate=0.75, batch=256, batch_tokens=2560, decay=True,
                            weight_decay=0.05),
     },
-    "af1": {  # released settings: global batch 384, then 128; constant rate after 1875 steps
+    "af1": {  # pretrain, sft: batches and rates of paper section 5.1, warm-up of the released code; clap, lm: ours (the paper's come trained)
         "clap": StageConfig(steps=100_000, lr=1e-4, warmup=1875, batch=512, batch_tokens=1 << 30),
         "lm": StageConfig(steps=100_000, lr=1e-4, warmup=1875, batch=384, batch_tokens=384 * 512),
         "pretrain": StageConfig(steps=100_000, lr=1e-4, warmup=1875, batch=384, batch_tokens=384 * 512),

@@ -1,10 +1,10 @@
 """Step 6 of the walk: the whole model. Reads window embeddings and token ids, gives a loss or words; next: text.py.
 
-    log p(y | x, i) = sum_t log p(y_t | y_<t, i, x)                                     (paper section 3, single audio)
-    interleaved:      sum_j log p(y_j | x_1..j, i_1..j, y_1..j-1)                       (J shots, block-triangular)
+    log p(y | x, i) = sum_t log p(y_t | y_<t, i, x)                   audio x, instruction i, answer y  (paper equation 1)
+    interleaved:      sum_j log p(y_j | x_1..j, i_1..j, y_1..j-1)     J triples (x_j, i_j, y_j) in one text  (equation 2)
 
     windows -> clap.WindowEncoder -> representation.Representation -> keys and values, once per audio
-    ids -> lm.LM, before every layer of which an xattn.GatedCrossAttention looks at them
+    ids -> lm.LM; before its layers an xattn.GatedCrossAttention attends to those keys and values
 
 State is explicit: `Audio` is what text may look at, `State` adds the LM's key-value cache. Both are arguments and results.
 """
@@ -27,12 +27,12 @@ from .representation import Representation, packed
 from .xattn import GatedCrossAttention, audio_number, keys_values_at_once, visible_windows
 
 IGNORE = -100  # label of a position that is not supervised
-LEAST = 1e-30  # temperature and top-p below it draw as it does, temperatures above 1 / LEAST as that: float32 would make 0 or inf of them
+LEAST = 1e-30  # least temperature and top-p, and 1 / LEAST the largest temperature, that `draw` uses: beyond, float32 would round to 0 or inf
 
 
 @dataclass
 class Audio:
-    """All audios of a batch, ready to be looked at: per cross-attention block keys and values (B, H, L, K)."""
+    """All audios of a batch, encoded: keys and values (B, H, L, K) of every cross-attention block, and the windows of each audio."""
     keys: list[torch.Tensor]
     values: list[torch.Tensor]
     n_windows_BN: torch.Tensor
@@ -40,11 +40,11 @@ class Audio:
 
 @dataclass
 class State:
-    """A text in progress: its audios, the LM's cache, how many <audio> tokens were read (B,). `read` advances it in place."""
+    """Texts in progress: their audios, the LM's cache, the number of <audio> tokens read (B,). `read` advances it in place."""
     audio: Audio
     cache: KVCache
     seen_B: torch.Tensor
-    step: Callable | None = None    # how decoding reads single tokens, once it has begun (decoding.py)
+    step: Callable | None = None    # reads one token per row, once decoding has begun (decoding.py)
 
 
 @dataclass(frozen=True)
@@ -78,12 +78,12 @@ class AudioFlamingo(nn.Module):
         return torch.cat([self.encoder(part).float() for part in windows_AS.split(chunk)])
 
     def represent(self, windows_AWD: torch.Tensor, n_windows_BN: torch.Tensor) -> torch.Tensor:
-        """Audio tokens of all recordings, one behind the other without padding, (R, D); A counts the audios of all samples in order."""
+        """Audio tokens (R, D) of all R windows of the batch, without padding; A: the audios of all samples in order."""
         row_A, number_A = (n_windows_BN > 0).nonzero(as_tuple=True)
         n_windows_A, most, published = n_windows_BN[row_A, number_A], self.config.audio.max_windows, self.config.representation.attend_padding
         window_AW = torch.arange(windows_AWD.shape[1], device=row_A.device).expand(windows_AWD.shape[:2])
         real_AW = window_AW < n_windows_A[:, None]
-        if published:                              # one sequence of all slots a sample, silence in the unused ones; nothing is masked
+        if published:                              # one sequence per sample, of all slots, silence in the unused ones; no mask
             shape = len(n_windows_BN), self.config.representation.max_audios * most
             start_A = row_A * shape[1] + number_A * most
         else:
@@ -128,7 +128,7 @@ class AudioFlamingo(nn.Module):
             audio_BLD = audio_BLD.to(heard_RD.dtype).masked_scatter((slot_L < length_B[:, None])[..., None], heard_RD)
         number_BL = (slot_L[:, None] >= n_windows_BN.cumsum(1)[:, None]).sum(-1) + 1
         blocks = [*self.xattn.values()]
-        whole = all(type(block.kv.weight) is nn.Parameter for block in blocks)       # FSDP's are split over the processes
+        whole = all(type(block.kv.weight) is nn.Parameter for block in blocks)       # sharded ones (FSDP) are not
         if whole and audio_BLD.is_cuda and not torch.is_grad_enabled():
             pairs = keys_values_at_once(blocks, audio_BLD, number_BL)
         else:
@@ -157,11 +157,11 @@ class AudioFlamingo(nn.Module):
 
     def forward(self, ids_BT: torch.Tensor, labels_BT: torch.Tensor, audio: Audio | None,
                 mask_BT: torch.Tensor | None = None) -> torch.Tensor:
-        """Negative log-likelihood of every supervised token, (number of labels that are not IGNORE, shifted by one).
+        """Negative log-likelihood of every supervised token, (n,): label t + 1 is predicted at t, where it is not IGNORE.
 
         audio: what `listen` returned, or None: the language model alone, without its cross-attention blocks.
         The head runs on supervised positions alone. Padding on the right needs no mask_BT: causal attention never looks there. The
-        caller takes the mean over the *global* batch: no sample weighs more for having been on another process.
+        caller takes the mean over the *global* batch, so that a token weighs the same on whatever process it was.
         """
         hidden_BTD = self.lm(ids_BT, mask_BT) if audio is None else self.hidden(ids_BT, audio, mask_BT)
         target_BT = labels_BT[:, 1:]
@@ -172,7 +172,7 @@ class AudioFlamingo(nn.Module):
     # ------------------------------------------------------------------ answering
 
     def start(self, audio: Audio, max_length: int) -> State:
-        """An empty text of at most `max_length` tokens about `audio`."""
+        """State of empty texts, of at most `max_length` tokens each, about `audio`."""
         batch, weight = len(audio.n_windows_BN), self.lm.embed.weight
         return State(audio, self.lm.new_cache(batch, max_length, dtype=weight.dtype, device=weight.device),
                      torch.zeros(batch, dtype=torch.long, device=weight.device))
@@ -187,7 +187,7 @@ class AudioFlamingo(nn.Module):
     @torch.no_grad()
     def generate(self, logits_BV: torch.Tensor, state: State, stop_id: int, pad_id: int, max_new: int,
                  sampling: Sampling = Sampling(), banned: tuple[int, ...] = ()) -> Iterator[torch.Tensor]:
-        """Yield one token a row, (B,), until every row has said `stop_id`; rows that have ended yield `pad_id`.
+        """Yield one token per row, (B,), until every row has said `stop_id`, or max_new times; rows that have ended yield `pad_id`.
 
         Every yielded token, the last ones included, is read into `state`, so that a dialogue can go on from it.
         """
@@ -205,7 +205,7 @@ class AudioFlamingo(nn.Module):
 
 
 def draw(logits_BV: torch.Tensor, sampling: Sampling, random: torch.Generator) -> torch.Tensor:
-    """Next token of every row, (B,): greedy, or from the softmax at `temperature` cut to top-k, then to the nucleus top-p."""
+    """Next token of every row, (B,): greedy, or from the softmax at `temperature`, cut to top-k, then to the nucleus (1904.09751)."""
     if sampling.temperature == 0:
         return logits_BV.argmax(-1)
     temperature = min(max(sampling.temperature, LEAST), 1 / LEAST)
@@ -213,6 +213,6 @@ def draw(logits_BV: torch.Tensor, sampling: Sampling, random: torch.Generator) -
     if sampling.top_k:
         sorted_BV[:, sampling.top_k:] = float("-inf")
     probability_BV = sorted_BV.softmax(-1)
-    before = probability_BV.cumsum(-1) - probability_BV             # mass of what is likelier: the first is always kept
+    before = probability_BV.cumsum(-1) - probability_BV             # probability of all likelier tokens: the first is always kept
     probability_BV[before >= max(sampling.top_p, LEAST)] = 0.0
     return order_BV.gather(1, torch.multinomial(probability_BV, 1, generator=random))[:, 0].to(logits_BV.device)

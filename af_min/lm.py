@@ -7,11 +7,11 @@ two published families, told apart by `LMConfig` alone (OPT: arXiv 2205.01068; L
     position     table row added to the embedding          q and k rotated by an angle that grows with the position
     norm         LayerNorm                                 RMSNorm:  x / sqrt(mean(x^2) + eps) * w
     MLP          W2 relu(W1 x)                             W2 (silu(Wg x) * W1 x)
-    heads        one key a query head                      several query heads may share a key (grouped-query attention)
+    heads        a key and value head per query head       query heads may share one (grouped-query attention, 2305.13245)
 
 Either way a layer is   x <- x + attention(norm(x));   x <- x + mlp(norm(x)),   and
-attention = softmax(q k^T / sqrt(K), over earlier valid tokens) v.  The gated cross-attention blocks, which let the text
-look at the audio, are not known here: `forward` offers the place before each layer to whoever calls (`before_layer`).
+attention = softmax(q k^T / sqrt(K), over valid tokens up to itself) v.  The gated cross-attention blocks, which let the text
+look at the audio, are not known here: `forward` lets its caller act before each layer (`before_layer`).
 
 The legend is config.py's, and here also:   C  tokens so far, cached and new      G  key/value heads
 """
@@ -36,15 +36,15 @@ POSITION_OFFSET = 2      # OPT's table starts with two rows that no token uses: 
 
 @dataclass
 class KVCache:
-    """The keys and values of the tokens read so far, so that the next token costs one column instead of the whole text.
+    """The keys and values of the tokens read so far, so that the next token costs one row of attention instead of the whole text.
 
     It belongs to the caller and is an argument of `LM.forward`, which writes the new tokens behind the old ones and
-    advances `length` once, after the last layer. Setting `length` back forgets the tokens behind it (but for what a short
-    convolution holds of them in `recent`).
+    advances `length` once, after the last layer. Setting `length` back forgets the tokens behind it, except in `recent`,
+    which a short convolution reads.
     """
-    k: list[Tensor]                  # a layer: (B, G, max_length, K)
+    k: list[Tensor]                  # one per layer: (B, G, max_length, K)
     v: list[Tensor]
-    recent: list[Tensor]             # a layer with a short convolution: (B, conv - 1, D), what it reads of the last tokens
+    recent: list[Tensor]             # one per layer, with LMConfig.conv: (B, conv - 1, D), inputs of its convolution at the last tokens
     mask_BT: Tensor                  # (B, max_length) bool: False where the token is padding
     length: int = 0                  # tokens held, padding included
     padded: bool = False             # some token may be padding; otherwise no mask has to be built
@@ -64,7 +64,7 @@ class KVCache:
 def rotary_angles(position_BT: Tensor, head_dim: int, theta: float, scaling: tuple[float, ...] = ()) -> tuple[Tensor, Tensor]:
     """[cos a, cos a], [-sin a, sin a] (B, 1, T, K) of a = position * theta^(-2i/K), i < K/2 (arXiv 2104.09864, eq. 15)."""
     inverse = theta ** (-torch.arange(0, head_dim, 2, device=position_BT.device, dtype=torch.float32) / head_dim)
-    if scaling:      # Llama 3.1: what makes few turns in `length` tokens is slowed down, by up to `factor`
+    if scaling:      # Llama 3.1: pairs that make few turns in `length` tokens turn more slowly, by up to `factor`
         factor, low, high, length = scaling
         kept = ((inverse * length / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
         inverse = inverse * (kept + (1 - kept) / factor)
@@ -74,7 +74,7 @@ def rotary_angles(position_BT: Tensor, head_dim: int, theta: float, scaling: tup
 
 
 def rotate(x_BHTK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x_i, x_{i+K/2}) by its angle: then q·k depends on the distance of two tokens only."""
+    """Turn each pair (x_i, x_{i+K/2}) by its angle: then the positions enter q·k only through their difference."""
     return x_BHTK * cos.to(x_BHTK.dtype) + x_BHTK.roll(x_BHTK.shape[-1] // 2, -1) * sin.to(x_BHTK.dtype)
 
 
@@ -90,7 +90,7 @@ class Attention(nn.Module):
         self.out = Linear(config.heads * config.head_dim, config.width, bias=config.bias)
 
     def forward(self, x_BTD: Tensor, layer: int, seen: Tensor | None, angles, cache: KVCache | None) -> Tensor:
-        """seen: (B, 1, T, C) bool, or None when token t sees exactly what `is_causal` says; angles: cos and sin, or None."""
+        """seen: (B or 1, 1, T, C) bool, or None where plain causal attention says the same; angles: `rotary_angles`, or None (OPT)."""
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in together(x_BTD, self.q, self.k, self.v))
         if angles is not None:
             q, k = rotate(q, *angles), rotate(k, *angles)
@@ -101,14 +101,14 @@ class Attention(nn.Module):
 
 
 class ShortConvolution(nn.Module):
-    """Causal and depthwise: y_t = x_t + sum_{i < n} w_i x_{t-i}. Not in the paper; `LMConfig.conv` says why."""
+    """Causal and depthwise: y_t = x_t + sum_{i < taps} w_i x_{t-i}. Not in the paper; `LMConfig.conv` says why."""
 
     def __init__(self, width: int, taps: int):
         super().__init__()
-        self.weight = nn.Parameter(0.5 * torch.randn(taps, width))     # row i weighs what stands i tokens back
+        self.weight = nn.Parameter(0.5 * torch.randn(taps, width))     # row i: the weight of the token i places back
 
     def forward(self, x_BTD: Tensor, layer: int, valid_BT: Tensor | None, cache: KVCache | None) -> Tensor:
-        """valid_BT: False at padding, which counts as 0; with a cache the last tokens come from there and go there."""
+        """valid_BT: False at padding, which counts as 0; a cache gives the taps - 1 inputs before x_BTD and takes the last ones."""
         taps, length = len(self.weight), x_BTD.shape[1]
         if valid_BT is not None:
             x_BTD = x_BTD * valid_BT[..., None]
@@ -180,12 +180,12 @@ class LM(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Normal(0, 1 / width), biases 0; what writes to the residual stream is smaller: 2 x layers branches add up in it.
+        """Normal with variance 1 / width, biases 0; smaller where the residual stream is written to: it sums 2 x layers branches.
 
-        At OPT's widths that is its standard deviation of 0.02; at a width of 128, 0.02 would start every layer near zero.
+        At OPT's width of 2048 that is about its standard deviation of 0.02, which at a width of 128 would start layers near zero.
         Attention starts out copying: W_out is a multiple of W_v transposed, so that a head adds to a token what it attends to
         (W_v^T W_v is near a multiple of the identity), and in half of the heads W_k = W_q, so that a token attends to its like.
-        Both are there to let a tiny model repeat and match what it has read sooner.
+        Both are there to let a tiny model repeat and match sooner what it has read.
         """
         std = self.config.width ** -0.5
         for name, module in self.named_modules():
@@ -244,16 +244,16 @@ class LM(nn.Module):
         return self.norm(x_BTD)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., D) -> (..., V). Apart from `forward`, so that training runs the widest matrix at labelled positions alone."""
+        """(..., D) -> (..., V). Apart from `forward`, so that training runs this, the widest product, at labelled positions alone."""
         return linear(hidden, (self.head or self.embed).weight)
 
     def pack(self) -> None:
-        """Make ready for inference on a CPU alone (kernels/linear.py); where head and embedding are one, the head becomes a copy."""
+        """Lay the weights out for inference on a CPU, and nothing else (kernels/linear.py). A head tied to the embedding becomes a copy."""
         if self.head is None:
             self.head = Linear(self.config.width, self.config.vocab_size, bias=False, device="meta")
             self.head.weight = self.embed.weight
         pack(self)
-        if self.config.tied_head:                    # still the embedding's numbers: no parameter of its own
+        if self.config.tied_head:                    # a copy of the embedding: no parameter of its own
             weight = self.head.weight.detach()
             del self.head.weight
             self.head.weight = weight
@@ -275,7 +275,7 @@ class LM(nn.Module):
 
 
 def seen_keys(valid_BC: Tensor | None, start: int, length: int, device) -> Tensor | None:
-    """(B or 1, 1, T, C) bool: the tokens that each new token attends. None where plain causal attention says the same.
+    """(B or 1, 1, T, C) bool: the tokens that each new token attends to. None where plain causal attention says the same.
 
     Token t sees the valid tokens up to itself, and itself even if it is padding: a softmax over nothing would be NaN.
     """
@@ -289,7 +289,7 @@ def seen_keys(valid_BC: Tensor | None, start: int, length: int, device) -> Tenso
 
 
 def check(config: LMConfig) -> None:
-    """ValueError for settings that name no model."""
+    """ValueError for settings that describe no model."""
     for name, known in (("positions", ("learned", "rope")), ("norm", ("layer", "rms")), ("mlp", ("relu", "swiglu"))):
         if getattr(config, name) not in known:
             raise ValueError(f"lm.{name} is {getattr(config, name)!r}; it can be {' or '.join(known)}")

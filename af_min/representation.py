@@ -1,14 +1,14 @@
 """Step 3 of the walk. Reads window embeddings (clap.py), gives audio tokens; next: xattn.py.
 
-The encoder hears each window alone. The audio representation transformation layers (paper section 3.1) let the windows
-of one recording see each other before the language model looks at them: self-attention over the window sequence, so
-that order and repetition over the whole recording can be told. Post-norm transformer layers (Vaswani et al.,
-arXiv 1706.03762) without a final norm:
+The encoder hears each window alone. The audio representation transformation layers (paper section 3.1 ii) let the
+windows of a recording attend to each other, so that order and repetition over all of it can be told. (In the paper all
+audios of a sample attend to each other; here that is `attend_padding`. With each recording by itself, a later one does
+not change an earlier one's tokens.) Post-norm transformer layers (arXiv 1706.03762) without a final norm:
 
-    y_0 = LN(sqrt(D) x + pos)        a_n = LN(MHA(y_n) + y_n)        y_{n+1} = LN(W_2 relu(W_1 a_n) + a_n)
+    y_0 = LN(scale x + pos)        a_n = LN(MHA(y_n) + y_n)        y_{n+1} = LN(W_2 relu(W_1 a_n) + a_n)
 
-The position of window w of audio n is n * max_windows + w, as in the published model, unless the model numbers its
-audios otherwise (XattnConfig.audio_index); then every audio starts at 0.
+scale is sqrt(D), if not set otherwise. The position of window w of audio n = 0, 1, ... is n * max_windows + w, as in the
+published model; with XattnConfig.audio_index, which numbers audios in another way, it is w.
 """
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .config import RepresentationConfig
 
 
 def sinusoid_table(rows: int, width: int) -> torch.Tensor:
-    """(rows, width): sine and cosine interleaved, pos / 10000^(2i/D) (arXiv 1706.03762 section 3.5). Float64 inside."""
+    """(rows, width): sine and cosine interleaved, pos / 10000^(2i/D) (arXiv 1706.03762, section 3.5). Computed in float64."""
     i = torch.arange(width, dtype=torch.float64)
     angle = torch.arange(rows, dtype=torch.float64)[:, None] / 10_000 ** (2 * (i // 2) / width)
     return torch.where(i.long() % 2 == 0, angle.sin(), angle.cos()).float()
@@ -62,7 +62,7 @@ class FeedForward(nn.Module):
 
 
 class Representation(nn.Module):
-    """Window embeddings -> audio tokens, each recording for itself."""
+    """Window embeddings -> audio tokens. The legend is config.py's, and here also:  P  sequences of S windows (not samples)."""
 
     def __init__(self, config: RepresentationConfig, width: int, max_windows: int):
         super().__init__()
@@ -75,17 +75,17 @@ class Representation(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """What a layer adds starts out at a tenth. At full size it would mix every window with the mean of its recording before
-        anything has been learned; so a window is at first what the encoder heard in it."""
+        """What a layer adds starts at a tenth of its usual size. At full size it would mix every window with the mean of its
+        recording before anything has been learned; this way a window is at first what the encoder heard in it."""
         for attend, feed_forward in self.layers:
             for parameter in (attend.out.weight, feed_forward.down.weight, feed_forward.down.bias):
                 parameter *= 0.1
 
     def forward(self, windows_PSD: torch.Tensor, position_PS: torch.Tensor | None = None,
                 recording_PS: torch.Tensor | None = None) -> torch.Tensor:
-        """windows_PSD: P sequences of S window embeddings; position_PS: of each in its recording (None: 0, 1, ...); recording_PS: a
-        number of the recording that each is of, where a sequence holds several: a window sees those of its own (None: all).
-        Returns (P, S, D)."""
+        """Window embeddings -> audio tokens, both (P, S, D). position_PS: position of each window (None: 0, 1, ... in its sequence).
+        recording_PS: number of each window's recording, where a sequence holds several; a window attends to those of the same
+        number (None: to all of its sequence)."""
         p, s, d = windows_PSD.shape
         if position_PS is None:
             position_PS = torch.arange(s, device=windows_PSD.device).expand(p, s)
@@ -99,9 +99,9 @@ class Representation(nn.Module):
 
 
 def packed(lengths: list[int]) -> tuple[list[int], int]:
-    """Recordings put one behind the other into sequences as long as the longest, each into the first that has room
-    -> where each starts, counted over all sequences; how many sequences. To pad each recording to the longest instead would be
-    to compute padding for the most part: half to two thirds of a batch of the embedded data."""
+    """First-fit packing: recordings of `lengths` windows, one after the other, in sequences as long as the longest of them.
+    -> where each starts, counted in windows over all sequences; the number of sequences. If each recording were padded to the
+    longest instead, half to two thirds of a batch of the embedded data would be padding."""
     longest, filled, starts = max(lengths), [], []
     for length in lengths:
         sequence = next((i for i, used in enumerate(filled) if used + length <= longest), len(filled))

@@ -1,12 +1,12 @@
-"""Step 7 of the walk, the last: text in, token ids and labels out. Tokenizer, special tokens, the paper's templates.
+"""Step 7 of the walk, the last: text in, token ids and labels out. Tokenizer, special tokens, the released templates.
 
     single       <s>{prefix}<audio>{instruction}\\nAnswer:<SEP>{answer}<|endofchunk|></s>
     interleaved  <s>Here are similar examples. {prefix}<audio>{i_1}\\nAnswer:<SEP>{y_1}<|endofchunk|><audio>{i_2}...<|endofchunk|></s>
     dialogue     <s>{prefix}<audio>user: {q_1} \\nassistant: <SEP>{a_1}<|endofchunk|></s>\\nuser: {q_2} \\nassistant: <SEP>...
 
-Supervised are the tokens after each <SEP> through <|endofchunk|>, and </s>; never the first two tokens, a prompt, <audio> or
-<SEP>. Special tokens are put in as ids, between pieces of text that are tokenized for themselves: whatever a user types,
-"<audio>" included, stays text.
+The paper's templates (section 4.2) have the same parts in slightly other words and order. Supervised (figure 3, right) are the
+tokens after each <SEP> through <|endofchunk|>, and </s>; never the first two tokens, a prompt, <audio> or <SEP>. Special tokens are
+added as ids, between pieces of text that are tokenized by themselves: whatever a user types, "<audio>" included, stays text.
 """
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from .cli import UserError
 
 IGNORE = -100                        # label of a position that is not supervised
 
-PREFIXES = {                         # the one table of task prefixes: training, evaluation and sample.py read it
+PREFIXES = {                         # the paper's {task description}; training, evaluation and sample.py read this one table
     "AudioCaptioning": "The task is audio captioning. ",
     "AQA": "The task is audio question answering. ",
     "AudioClassification": "The task is sound classification. ",
     "Dialogue": "The task is dialog. ",
     "FewShot": "The task is sound classification. ",
 }
-SAME_AS = {                          # tasks that are asked under another one's prefix
+SAME_AS = {                          # tasks that take another one's prefix
     **dict.fromkeys(("Presence", "Count", "CountOf", "After", "Before", "Pitch", "Length"), "AQA"),
     **dict.fromkeys(("FewShotSeen", "FewShotUnseen", "Pool"), "FewShot"), "Interview": "Dialogue",
 }
@@ -41,7 +41,7 @@ ANSWER, USER, ASSISTANT = "\nAnswer:", "user: ", " \nassistant: "
 
 @functools.cache
 def prefix(task: str) -> str:
-    """The task's prefix. Further kinds of classification and captioning spell their own; other unknown tasks have none."""
+    """The task's prefix. A further task named "...Classification" or "...Captioning" spells its own; other ones have none."""
     own = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", task).lower()
     return PREFIXES.get(SAME_AS.get(task, task), f"The task is {own}. " if re.search("[a-z] (classification|captioning)$", own) else "")
 
@@ -60,10 +60,10 @@ class Tokenizer:
 
     @classmethod
     def train(cls, lines: Iterable[str], vocab_size: int) -> "Tokenizer":
-        """A BPE tokenizer of `vocab_size` ids, special ones included. Every byte has a piece: no text is unknown, and
-        characters too rare for half of the other ids are spelt in bytes.
+        """A BPE tokenizer of `vocab_size` ids, special ones included. Every byte has a piece, so that no text is unknown; rare
+        characters, those for which half of the other ids do not suffice, are spelt in bytes.
 
-        The phrases of the templates are one token each: a short sequence is a fast one.
+        Each phrase of the templates is one token: short sequences are fast.
         """
         phrases = ["\n", ANSWER, "\n" + USER, USER, ASSISTANT, " " + SHOTS_PREFIX, *(f" {p}" for p in PREFIXES.values()),
                    *(p for p in PREFIXES.values())]
@@ -94,7 +94,7 @@ class Tokenizer:
         partial.replace(path)
 
     def encode(self, text: str) -> list[int]:
-        """A word at the beginning is the same token as after a space: an answer is spelt as in the prompt that names it."""
+        """A first word is the same token as after a space, so that an answer is spelt as in the prompt that names it."""
         return list(self._ids(spaced(text)))
 
     def decode(self, ids: list[int]) -> str:
@@ -103,13 +103,13 @@ class Tokenizer:
 
 
 def spaced(text: str) -> str:
-    """With a space before a word, and a question mark for half a character: bytes of a terminal that are not UTF-8, a torn emoji."""
+    """With a space before a first word, and "?" for what is no whole character: bytes that are not UTF-8, half an emoji."""
     text = text.encode("utf-8", "replace").decode()
     return " " + text if text[:1].isalnum() else text
 
 
 def unspeakable(tokenizer) -> tuple[int, ...]:
-    """The special tokens that no answer may hold: all but <|endofchunk|>, which ends it."""
+    """The special tokens that an answer must not hold: all but <|endofchunk|>, which ends it."""
     t = tokenizer
     return tuple(sorted({t.pad_id, t.bos_id, t.eos_id, t.audio_id, t.sep_id} - {t.eoc_id}))
 
@@ -123,7 +123,7 @@ class Sample:
 
 
 class Writer:
-    """Puts a sequence together piece by piece; what is put in as an answer is supervised."""
+    """Builds a sequence piece by piece; what is added as an answer is supervised."""
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer, self.ids = tokenizer, list(tokenizer.start_ids)
@@ -200,7 +200,7 @@ def cut(ids: list[int], labels: list[int], ends: tuple[int, int], max_tokens: in
 
 
 def question(task: str, prompt: str, options: list[str] | None = None) -> dict:
-    """A row that asks `prompt`; closed-set questions list their options as the paper does."""
+    """A row that asks `prompt`; closed-set questions list their options (paper section 4.2)."""
     if options:
         prompt += "\noptions:\n" + "\n".join(f" - {option}." for option in options)
     return {"task": task, "prompt": prompt, "answer": ""}
