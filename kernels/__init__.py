@@ -4,12 +4,12 @@
     gated_residual(x, a, weight, gate)          x + tanh(gate) · a Wᵀ
 
 The backend is the argument `backend`, else the environment variable AF_MIN_KERNELS (`reference` or `triton`), else Triton for
-CUDA tensors that it can take and PyTorch for the rest. One that was asked for and cannot run is an error that says why.
+CUDA tensors that the kernels support and PyTorch for the rest. A backend that was asked for and cannot run is an error that says why.
 
-Triton's interpreter and its compiler, which need no GPU, prove what the kernels compute (tests/test_kernels_interpreted.py)
-and that they fit (check_compile.py). No GPU figure has been measured yet. What only a GPU can exercise:
+Without a GPU, Triton's interpreter shows that the kernels compute the right numbers (tests/test_kernels_interpreted.py), its compiler
+that they fit into registers and shared memory (check_compile.py). No GPU figure has been measured yet. What only a GPU can exercise:
     by `python -m kernels.benchmark`
-        the compiled binaries: their results (wgmma, bf16 products) and 250 repetitions that are equal bit by bit
+        the compiled binaries: their results (wgmma, bf16 products), and that 250 repetitions give the same bits
         their speed: tiles, warps and stages in CONFIGS, SPLIT, LONG, WIDE, torch.compile's code around them
         autocast on CUDA; the reference and SDPA's backends on CUDA tensors; the baselines that `--dry` lists as not run
         recording and replaying a CUDA graph (af_min/decoding.py)
@@ -22,7 +22,7 @@ and that they fit (check_compile.py). No GPU figure has been measured yet. What 
 Tried with triton 3.7 (torch 2.13) and 3.6 (torch 2.11); the interpreter of 3.6 wants numpy below 2.4.
 
 Read on: reference.py (PyTorch), masked_xattn.py and residual.py (Triton), check_compile.py, benchmark.py with
-baselines.py and benchmark_model.py. linear.py and attention.py stand for themselves: products with weights and short attention on a CPU.
+baselines.py and benchmark_model.py. linear.py and attention.py are apart from these: products with weights and short attention on a CPU.
 """
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def masked_cross_attention(q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor, back
 
     Token t sees the keys 0 .. kv_len[t]-1; kv_len[t] = 0 gives an exact 0 and zero gradients. L may be 0. Keys that no token
     sees are never used, whatever they hold. Raises UserError for a backend that cannot run. A kv_len beyond L is an error on a CPU; on a
-    GPU, where looking would mean waiting, it reads what lies behind the keys."""
+    GPU, where checking would mean waiting for it, the kernel then reads memory behind the keys."""
     (B, H, T, K), L = q.shape, k.shape[2]
     assert k.shape == v.shape == (B, H, L, K) and kv_len.shape == (B, T), \
         f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}, kv_len {tuple(kv_len.shape)}, " \

@@ -1,8 +1,8 @@
 """softmax(q kᵀ / √K + bias) v on a CPU, for texts so short that the scores fit into a cache.
 
-torch's fused kernel never writes the (T, L) scores down, which pays where they are many. Of a few dozen tokens and windows they
-are few, and it spends its time on its own tiles. Here the scores are written: two batched products
-forward, four backward. Forward and backward in ms on an AMD EPYC with AVX-512, torch 2.13 (`python -m tests.bench_linear`):
+torch's fused kernel never writes the (T, L) scores to memory, which pays where they are many. For a few dozen tokens and windows
+they are few, and its tiling costs more than it saves. Here the scores are written: two batched products forward, four backward.
+Forward and backward together, in ms, on an AMD EPYC with AVX-512, torch 2.13 (`python -m tests.bench_linear`):
 
     samples x tokens x keys,     one core            two cores
     4 heads of 32              torch    ours       torch    ours
@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MOST = 1 << 19                       # scores at a time, 2 MB, of which forward and backward hold two or three; more samples wait
+MOST = 1 << 19                       # scores computed at a time: 2 MB, which forward and backward hold two or three times; a larger batch is split
 
 
 class Short(torch.autograd.Function):
@@ -61,8 +61,8 @@ class Short(torch.autograd.Function):
 def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, causal: bool = False) -> Tensor:
     """q (B, H, T, K), k and v (B, G, L, K), H a multiple of G -> (B, H, T, K).
 
-    bias: added to the scores, broadcast to (B, H, T, L), or boolean, True where a token may look: at one key at least. One of n
-    samples, n a divisor of B, is that of sample b at b % n. causal: token t sees the keys 0 .. t; it takes the place of a bias."""
+    bias: added to the scores, broadcast to (B, H, T, L), or boolean, True where a token may look: at one key at least. It may hold n
+    samples, n a divisor of B: sample b takes that of b % n. causal: token t sees the keys 0 .. t; instead of a bias."""
     if not fits(q, k):
         if bias is not None and 1 < len(bias) < len(q):
             bias = bias.repeat(len(q) // len(bias), 1, 1, 1)

@@ -1,32 +1,34 @@
-"""Masked cross-attention in Triton: the lesson.
+"""Masked cross-attention in Triton, explained.
 
 **The operation.** Text token t sees the first n = kv_len[t] audio tokens (kv_len never decreases along t):
 
     s[t,j] = q[t] · k[j] / sqrt(K)        p[t,j] = exp(s[t,j]) / sum_{i < n} exp(s[t,i])  for j < n, else 0
     o[t]   = sum_j p[t,j] v[j]            n = 0 gives o[t] = 0
 
-Names are those of FlashAttention-2 (arXiv 2307.08691) in small letters, but for its block sizes B_r and B_c, here BLOCK_T and
-BLOCK_L, its log-sum-exp L, here lse (L is the number of keys), and its D, here delta.
+Names are those of FlashAttention-2 (arXiv 2307.08691) in small letters, except its block sizes B_r and B_c, here BLOCK_T and
+BLOCK_L, its log-sum-exp L, here lse (L is the number of keys), and its D, here delta. b, h, t, j, d index samples, heads, tokens,
+keys and the K numbers of a head; dx is the gradient of the loss with respect to x.
 
 **Forward** (section 3.1, algorithm 1). A program owns BLOCK_T queries and walks over the keys in blocks of BLOCK_L, keeping
 for every row the maximum m, the sum l = sum exp(s - m) and acc = sum exp(s - m) v. When a block raises m, what was summed so
 far is scaled by exp(m_old - m). At the end o = acc / l. The (T, L) scores never reach memory. All exponentials are in base 2,
-which the hardware has: with s in units of log2(e), exp(s) is exp2(s).
+which the hardware has: the code multiplies s by log2(e), so that exp2 of it is exp(s).
 
-**The mask costs nothing but its edge.** Blocks that every row of the program sees whole (j < min kv_len) need no mask; then
-come those of the edge; the walk ends at max kv_len. Keys beyond it are not even loaded, hence cannot leak a NaN as 0 · NaN.
+**The mask costs something only at its edge.** Blocks that every row of the program sees whole (all j < min kv_len) need no mask;
+then come the blocks that some rows see in part; the walk ends at max kv_len. Keys beyond it are never loaded, so that a NaN there
+cannot leak as 0 · NaN.
 
-**Backward** (algorithm 2). Saved is one number a row, lse[t] = m + log2(l), so that p = exp2(s - lse) without another softmax.
-An empty row saves lse = +inf: p = exp2(-inf) = 0, no branch. With delta[t] = do[t] · o[t] (= sum_j p dp, the softmax's own term):
+**Backward** (algorithm 2). Saved is one number per row, lse[t] = m + log2(l), so that p = exp2(s - lse) without another softmax.
+An empty row saves lse = +inf: p = exp2(-inf) = 0, no branch. With delta[t] = do[t] · o[t] (= sum_j p dp, from the softmax):
 
     dp[t,j] = do[t] · v[j]    ds = p (dp - delta)    dq[t] = sum_j ds k[j] / sqrt(K)
     dv[j]   = sum_t p do[t]                          dk[j] = sum_t ds q[t] / sqrt(K)
 
 dq is summed over keys by the program that owns the queries, dk and dv over queries by the program that owns the keys: no two
-programs write to one place, so no atomics, and a repetition is equal bit by bit. As kv_len does not decrease, the queries that
+programs write to one place, so there are no atomics, and every run gives the same bits. As kv_len does not decrease, the queries that
 see a key block are all from some t on; that t is the number of queries with kv_len <= the block's first key.
 
-**One token** (decoding, T = 1) is no matrix product but a read of K and V: the keys are cut into splits so that enough
+**One token** (decoding, T = 1) is bound by reading keys and values, not by products: the keys are cut into splits so that enough
 programs read at once, and a second kernel joins them (Flash-Decoding): o = sum_i o_i exp2(lse_i - lse) over the splits i.
 
 Read before: reference.py; next: residual.py.
@@ -46,8 +48,8 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 SCAN = tl.constexpr(1024)     # kv_len values read at once when looking for the first token that sees a key block
 SPLIT = 512                   # keys a program reads in decoding
 
-# (BLOCK_T, BLOCK_L, warps, stages) by kernel, then by (head width, 2- or 4-byte elements). check_compile.py proves each of
-# them free of spills on sm_80 and sm_90.
+# (BLOCK_T, BLOCK_L, warps, pipeline stages) by kernel, then by (head width, bytes of an element). check_compile.py shows that none
+# of them spills registers on sm_80 (A100) or sm_90 (H100). Their speed is not measured yet.
 CONFIGS = {
     "forward": {(32, 2): (64, 64, 4, 2), (64, 2): (64, 64, 4, 2), (128, 2): (64, 64, 4, 2),
                 (32, 4): (32, 32, 4, 1), (64, 4): (32, 32, 4, 1), (128, 4): (32, 16, 8, 1)},
@@ -59,7 +61,7 @@ CONFIGS = {
             (32, 4): (32, 32, 8, 1), (64, 4): (32, 32, 8, 1), (128, 4): (32, 32, 8, 1)},
     "decode": {(width, size): (1, 64, 4, 2) for width in (32, 64, 128) for size in (2, 4)},
 }
-LONG = 1024                   # audio tokens from which arithmetic, not launch and memory, bounds the forward pass
+LONG = 1024                   # audio tokens from which arithmetic, not launch and memory, should bound the forward pass
 
 
 @triton.jit
@@ -147,7 +149,7 @@ def walk_keys_back(q, do, lse, delta, dq, k_ptr, v_ptr, n, low, high, stride_l, 
 @triton.jit
 def xattn_dq(q_ptr, k_ptr, v_ptr, n_ptr, o_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, T, H,
              q_b, q_h, q_t, k_b, k_h, k_l, o_b, o_h, o_t, K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_L: tl.constexpr):
-    """The forward walk again, now summing ds k. do and dq have the strides of o; delta (B, H, T) is written for xattn_dkv."""
+    """Grid (blocks of T, B·H). The forward walk again, now summing ds k. do and dq have the strides of o; writes delta (B, H, T) for xattn_dkv."""
     b, h = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     d, inside = tl.arange(0, K), t < T
@@ -201,7 +203,7 @@ def xattn_dkv(q_ptr, k_ptr, v_ptr, n_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv
     first_key = tl.program_id(0) * BLOCK_L
     j, d = first_key + tl.arange(0, BLOCK_L), tl.arange(0, K)
     n_ptr += b * T
-    blind, partial = 0, 0                                               # tokens that see no key of this block; not all of it
+    blind, partial = 0, 0                                               # tokens that see no key of this block; that do not see all of it
     for start in range(0, T, SCAN):
         t = start + tl.arange(0, SCAN)
         n = tl.load(n_ptr + t, mask=t < T, other=2147483647)
@@ -216,7 +218,7 @@ def xattn_dkv(q_ptr, k_ptr, v_ptr, n_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv
     q_ptr, do_ptr = q_ptr + b * q_b + h * q_h, do_ptr + b * o_b + h * o_h
     row = tl.program_id(1).to(tl.int64) * T
     lse_ptr, delta_ptr = lse_ptr + row, delta_ptr + row
-    low = blind // BLOCK_T * BLOCK_T                                    # the tokens before see nothing, those after edge all
+    low = blind // BLOCK_T * BLOCK_T                                    # tokens before low see none of it, tokens from edge on all
     edge = tl.minimum((partial + BLOCK_T - 1) // BLOCK_T * BLOCK_T, T)
     dk, dv = walk_queries(k, v, dk, dv, j, q_ptr, do_ptr, n_ptr, lse_ptr, delta_ptr, low, edge, T, q_t, o_t,
                           K, BLOCK_T, True)
@@ -230,7 +232,7 @@ def xattn_dkv(q_ptr, k_ptr, v_ptr, n_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv
 @triton.jit
 def xattn_decode(q_ptr, k_ptr, v_ptr, n_ptr, o_ptr, lse_ptr, H, q_b, q_h, k_b, k_h, k_l,
                  K: tl.constexpr, BLOCK_L: tl.constexpr, SPLIT: tl.constexpr):
-    """Grid (splits, B·H), T = 1: o (splits, B·H, K) and lse (splits, B·H) of the keys split·SPLIT .. of one query."""
+    """Grid (splits, B·H), T = 1: o (splits, B·H, K) and lse (splits, B·H) of one query on the SPLIT keys from split·SPLIT on."""
     b, h = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
     d = tl.arange(0, K)
     q = tl.load(q_ptr + b * q_b + h * q_h + d).to(tl.float32) * (LOG2E * K ** -0.5)

@@ -1,10 +1,11 @@
-"""The two operations in plain PyTorch: what the Triton kernels are held against, and what runs where there is no GPU.
+"""The two operations in plain PyTorch: the reference for the Triton kernels, and what runs without a GPU.
 
     masked cross-attention    out[t] = softmax(q[t] · k[:n] / sqrt(K)) v[:n],  n = kv_len[t];  n = 0 gives 0
     gated residual            out    = x + tanh(gate) · a Wᵀ
 
-(Audio Flamingo, arXiv 2402.01831, section 3.2; Flamingo, arXiv 2204.14198, section 2.4.) Next: masked_xattn.py.
-Shapes as everywhere: B batch, H heads, T text tokens, L audio tokens, K width of a head, D width, E inner width.
+(Audio Flamingo, arXiv 2402.01831: the masks section 3.2 ii, the residual 3.1 iv; Flamingo, arXiv 2204.14198, section 2.2.)
+Shapes as in af_min/config.py: B batch, H heads, T text tokens, L audio tokens, K width of a head, D width; here also E inner width
+(of a, the branch before its last product). Next: masked_xattn.py.
 """
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ from .linear import linear
 
 
 def visible(kv_len: Tensor, length: int) -> Tensor:
-    """(B, T) -> (B, 1, T, length) bool: may token t look at key j? One comparison: j < kv_len[t]."""
+    """(B, T) -> (B, 1, T, length) bool: True where token t may look at key j, that is j < kv_len[t]."""
     return (torch.arange(length, dtype=torch.int32, device=kv_len.device) < kv_len[..., None])[:, None]
 
 
@@ -38,7 +39,7 @@ def attend(q_BHTK: Tensor, k_BHLK: Tensor, v_BHLK: Tensor, kv_len: Tensor) -> Te
     k_BHLK, v_BHLK = zero_unused(k_BHLK, kv_len), zero_unused(v_BHLK, kv_len)
     mask = visible(kv_len, k_BHLK.shape[2])
     scores = (q_BHTK @ k_BHLK.transpose(-1, -2)) / math.sqrt(q_BHTK.shape[-1])
-    lowest = torch.finfo(scores.dtype).min                     # finite, so that an empty row is no inf - inf
+    lowest = torch.finfo(scores.dtype).min                     # finite: a row without keys would compute inf - inf
     weights = scores.masked_fill(~mask, lowest).softmax(-1).masked_fill(~mask, 0)
     return weights @ v_BHLK
 
@@ -47,10 +48,10 @@ _kept = threading.local()        # .last of each thread: a weak reference to the
 
 
 def additive_mask(kv_len: Tensor, dtype: torch.dtype) -> tuple[int, int, Tensor | None]:
-    """The least and the longest visible length, and 0 / -inf (B, 1, T, longest), or None if all tokens of the batch see the same.
+    """The smallest and largest kv_len, and a mask of 0 and -inf, (B, 1, T, largest), or None if all tokens of the batch see the same.
 
-    Every layer of a forward pass gives the same kv_len, so the last mask is kept until another tensor comes or this one is
-    written to."""
+    Every layer of a forward pass gives the same tensor kv_len, so the last mask is kept until another tensor comes or this one
+    is written to."""
     made_for = None if kv_len.is_inference() else (kv_len._version, dtype)
     last, last_for, last_mask = getattr(_kept, "last", (lambda: None, None, None))
     if made_for is not None and last() is kv_len and last_for == made_for:
@@ -62,10 +63,10 @@ def additive_mask(kv_len: Tensor, dtype: torch.dtype) -> tuple[int, int, Tensor 
 
 
 def attend_cpu(q_BHTK: Tensor, k_BHLK: Tensor, v_BHLK: Tensor, kv_len: Tensor) -> Tensor:
-    """`attend` by the CPU's own ways (attention.py); PyTorch's fused kernel alone gives 0 for a row that is masked throughout.
+    """`attend` by what is fast on a CPU (attention.py). Rows that see no key need PyTorch's fused kernel, which gives 0 for them.
 
-    Keys beyond the longest visible length are cut off. A NaN or inf among the others shows in a sum, a read and no copy: in that
-    of the output, or, as the backward pass multiplies by them again, in their own. Only then are the unused ones cleaned."""
+    Keys beyond the largest kv_len are cut off. A NaN or inf among the others shows in one sum, which reads but copies nothing: of
+    the output, or, where the backward pass multiplies by them again, of keys and values. Only then are unused ones set to 0."""
     low, longest, mask = additive_mask(kv_len, q_BHTK.dtype)
     assert longest <= k_BHLK.shape[2], f"got a kv_len of {longest}, expected at most L = {k_BHLK.shape[2]}"
     if longest == 0:
@@ -81,7 +82,7 @@ def attend_cpu(q_BHTK: Tensor, k_BHLK: Tensor, v_BHLK: Tensor, kv_len: Tensor) -
 
 
 def masked_cross_attention(q_BHTK: Tensor, k_BHLK: Tensor, v_BHLK: Tensor, kv_len: Tensor) -> Tensor:
-    """The PyTorch implementation: the fused CPU kernel where it applies, the definition elsewhere (GPU, torch.compile)."""
+    """The PyTorch implementation: `attend_cpu` on a CPU, the definition elsewhere (GPU, torch.compile)."""
     if q_BHTK.numel() == 0:
         return q_BHTK.clone()
     on_cpu = q_BHTK.device.type == "cpu" and not torch.compiler.is_compiling()

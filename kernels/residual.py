@@ -1,22 +1,23 @@
 """The gated residual in Triton: out = x + tanh(g) · a Wᵀ in one pass over the output.
 
-Eager PyTorch writes the branch y = a Wᵀ, multiplies it by tanh(g), adds it: at (B·T, D) = (20480, 2048) in bf16 five passes of
-84 MB each. Here the product's float32 accumulator meets gate and residual before anything is stored.
+PyTorch without fusion writes the branch y = a Wᵀ, multiplies it by tanh(g), adds it: at (B·T, D) = (20480, 2048) in bf16 six reads
+or writes of 84 MB each, besides the product's own reads. Here gate and residual are applied to the product's float32 accumulator
+before anything is stored. a (..., E) is what enters the branch's last product, W (D, E) its weight, g the gate; R = B·T rows.
 
 **The gate is a factor of the weight**, x + a (tanh(g) W)ᵀ, so the backward pass never needs y. With M = doᵀ a (D, E):
 
     dx = do        da = do (tanh(g) W)        dW = tanh(g) M        dg = (1 - tanh²(g)) sum_{d,e} M W
 
-do and a give everything: the branch output is not saved (84 MB a layer at that shape). Both products of the backward pass are
-plain matrix products, which cuBLAS does best; no atomics anywhere, so a repetition is equal bit by bit. As well as W, the gate may
-scale the other factor of its product, a or do: it scales the smaller of the two.
+do, a and W are enough: the branch output y is not saved (84 MB per layer at that shape). Both products of the backward pass are
+plain matrix products, which cuBLAS does best; there are no atomics, so every run gives the same bits. Instead of W the gate may
+scale the other factor of a product, a or do: it scales the smaller of the two.
 
 **Who multiplies.** For a narrow inner width (the attention's output projection, E = 512) the pass is bound by memory and the
 fused kernel saves traffic. For a wide one (the feed-forward, E = 8192) it is bound by arithmetic: there cuBLAS multiplies, with
-the gate folded in and onto the residual (`addmm`), and only the branch's separate passes are saved. WIDE draws the line.
+the gate folded into a factor and the residual added by `addmm`; only the branch's separate passes are saved. WIDE is the border.
 
-LayerNorm and GELU have no kernel here: PyTorch's read and write their tensor once already, and joining them with their neighbours
-is what torch.compile does. Where WIDE is best a GPU must tell: `python -m kernels.benchmark` times both forms.
+LayerNorm and GELU have no kernel here: PyTorch's already read and write their tensor once, and fusing them with their neighbours
+is what torch.compile does. The best WIDE has to be measured on a GPU: `python -m kernels.benchmark` times both forms.
 
 Read before: masked_xattn.py; next: check_compile.py, benchmark.py.
 """
@@ -29,10 +30,10 @@ from torch import Tensor
 
 from .masked_xattn import product
 
-WIDE = 2048                   # inner widths beyond this are multiplied by cuBLAS
+WIDE = 2048                   # inner widths E above it are left to cuBLAS; not measured yet
 GROUP = tl.constexpr(8)       # row blocks that share columns of W while those are in the L2 cache
 
-# (BLOCK_R rows, BLOCK_D columns, BLOCK_E, warps, stages) by (few rows: decoding; element bytes). See check_compile.py.
+# (BLOCK_R rows, BLOCK_D columns, BLOCK_E, warps, pipeline stages) by (at most FEW_ROWS rows, as in decoding; bytes of an element).
 CONFIGS = {(False, 2): (128, 128, 64, 8, 3), (False, 4): (64, 64, 32, 4, 1),
            (True, 2): (16, 16, 128, 4, 3), (True, 4): (16, 16, 64, 4, 1)}
 FEW_ROWS = 16
@@ -77,7 +78,7 @@ def fused(x: Tensor, a: Tensor, weight: Tensor, gate: Tensor) -> Tensor:
 
 
 def scaled(tanh: Tensor, y: Tensor) -> Tensor:
-    """tanh · y, multiplied in float32 and rounded once; tanh * y would be a float32 tensor in memory before."""
+    """tanh · y, multiplied in float32 and rounded once; tanh * y would first be a whole float32 tensor."""
     return torch.mul(y, tanh, out=torch.empty_like(y))
 
 
@@ -123,7 +124,7 @@ forward_op.register_autograd(backward, setup_context=save_for_backward)
 
 
 def gated_residual(x: Tensor, a: Tensor, weight: Tensor, gate: Tensor) -> Tensor:
-    """x (..., D) + tanh(gate) · a (..., E) Wᵀ. Under autocast a and weight are cast like any linear layer's; x keeps its dtype."""
+    """x (..., D) + tanh(gate) · a (..., E) Wᵀ. Under autocast a and weight are cast as in any linear layer; x keeps its dtype."""
     device = x.device.type
     if torch.is_autocast_enabled(device):
         a, weight = (y.to(torch.get_autocast_dtype(device)) for y in (a, weight))
