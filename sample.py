@@ -2,14 +2,14 @@
 
     python sample.py --audio x.wav                                        describe the sounds
     python sample.py --audio *.wav --prompt "is there a siren?"           one question about each of many recordings, in batches
-    python sample.py --audio x.wav --options dog,bell,siren               which of these answers is the likeliest
+    python sample.py --audio x.wav --options dog,bell,siren               which of these answers is the most likely
     python sample.py --audio x.wav --shots 4                              the nearest four training recordings as examples
     python sample.py --audio x.wav --task FewShot --prompt "classify this sound." --shot dog.wav zub --shot bell.wav kip
     python sample.py --audio x.wav --chat                                 a dialogue about one recording
     python sample.py --audio x.wav --plot out.png                         where the model looked for each word
 
-The run folder is all that it needs; only --shots also reads the data set that the run was trained on. Answers go to standard
-output, all else to standard error. With a `tiny` run on one CPU core the first takes 2 s, --shots 4 takes 4 s. Last lines:
+Only the run folder is needed; --shots also reads the data set that the run was trained on. Answers go to standard output, all
+else to standard error. With a `tiny` run on one CPU core the first command takes 2 s, with --shots 4 it takes 4 s. Last lines:
     bird then bird then bell
     [first word after 0.06 s, 6 tokens at 208/s; 2.08 M parameters, cpu, 1 threads, torch 2.13.0+cpu]
 """
@@ -37,7 +37,7 @@ from af_min.manifest import HALF_LETTER
 from af_min.retrieval import Heard, Library, Place, hear
 from af_min.text import Sample, Tokenizer, write_sample
 
-DIALOGUE = 4096     # tokens after the first question, if the model holds as many: their place in the cache is taken at once
+DIALOGUE = 4096     # tokens after the first question (fewer if the model's positions end before): the cache is allocated for them at once
 
 
 @dataclass(frozen=True)
@@ -142,11 +142,11 @@ class Question:
 
     @functools.cached_property
     def library(self) -> Library:
-        """What --shots chooses from; opened for the first recording that can be heard."""
+        """What --shots chooses from; opened when the first recording needs it."""
         return Library(self.model, training_data(self.args), self.args.task_name, "encoding")
 
     def about(self, heard: Heard) -> tuple[Sample, dict[Place, np.ndarray]]:
-        """The text, which ends where the answer begins; the window embeddings of every audio in it."""
+        """-> the text, which ends where the answer begins; window embeddings (W, D) of every audio in it."""
         args, windows = self.args, {**self.windows, (heard.path, 0.0): heard.windows_WD}
         shots = [{**self.asked, "audio": file, "answer": answer} for file, answer in args.shot]
         if args.shots:
@@ -158,7 +158,7 @@ class Question:
 
 
 def listen(model: AudioFlamingo, files: list[str], left_out: list[str]) -> Iterator[Heard]:
-    """Every file that can be heard, with a bar if there are several; one of several that cannot is told and added to `left_out`."""
+    """Every file that can be read, with a progress bar if there are several; of several, one that cannot is warned of and added to `left_out`."""
     for file in tqdm(files, unit="rec", disable=len(files) == 1):
         try:
             yield hear_or_warn(model, file)
@@ -172,7 +172,7 @@ def listen(model: AudioFlamingo, files: list[str], left_out: list[str]) -> Itera
 # ---------------------------------------------------------------------- answering
 
 class Printer:
-    """Tokens one at a time -> text as soon as it is certain: half a multi-byte character waits for its other half."""
+    """Writes the text of tokens as they come: an incomplete multi-byte character waits for its remaining bytes."""
 
     def __init__(self, tokenizer: Tokenizer, write: Callable[[str], None] = lambda words: print(words, end="", flush=True)):
         self.tokenizer, self.write = tokenizer, write
@@ -184,11 +184,11 @@ class Printer:
         self._show(self.tokenizer.decode(self.ids).rstrip("\ufffd"))
 
     def close(self) -> None:
-        """What is left when no token follows, however incomplete."""
+        """Write what is left when no token follows, complete or not."""
         self._show(self.tokenizer.decode(self.ids))
 
     def speed(self, started: float) -> str:
-        """From `started`, the look at the recording or a turn's question, to the first word; tokens a second."""
+        """Seconds from `started` (before the recording was read, or a turn's question was given) to the first word; tokens per second."""
         rate = len(self.ids) / (time.perf_counter() - self.begun)
         return f"first word after {(self.first or self.begun) - started:.2f} s, {len(self.ids)} tokens at {rate:.4g}/s"
 
@@ -200,7 +200,7 @@ class Printer:
 
 
 class Dialogue:
-    """Turns about one recording. The caches grow from turn to turn: nothing is heard or read twice.
+    """Turns about one recording. The caches grow from turn to turn: nothing is encoded or read twice.
 
     `ids` is the whole text so far, as one sample of the dialogue template in text.py.
     """
@@ -214,14 +214,14 @@ class Dialogue:
         return write_sample(self.tokenizer, {"task": "Dialogue", "audio": self.heard.path, "turns": turns}, complete=False)
 
     def _question(self, question: str) -> list[int]:
-        """What a later turn adds: `</s>\\nuser: ... \\nassistant: <SEP>`, behind a <|endofchunk|> if the answer was cut off."""
+        """What a later turn adds: `</s>\\nuser: ... \\nassistant: <SEP>`, after a <|endofchunk|> if the last answer was cut off."""
         ids = self._write({"user": "-", "assistant": "-"}, {"user": question}).ids
         end_of_first = len(ids) - 1 - ids[::-1].index(self.tokenizer.eos_id)
         missing = [] if self.ids[-1] == self.tokenizer.eoc_id else [self.tokenizer.eoc_id]
         return missing + ids[end_of_first:]
 
     def ask(self, question: str, sampling: Sampling, max_new: int, told: Callable[[int], None] = lambda token: None) -> str:
-        """The answer. UserError if the text has become longer than there is room for; the dialogue is unchanged then."""
+        """The answer. UserError if the cache has no room for the question; the dialogue is unchanged then."""
         if self.state is None:
             sample = self._write({"user": question})
             new = sample.ids
@@ -240,7 +240,7 @@ class Dialogue:
 # ---------------------------------------------------------------------- the command
 
 def questions() -> Iterator[str]:
-    """Lines of the terminal until `exit` or the end of input; empty ones are passed over. UserError for what is no text."""
+    """Lines of standard input until `exit` or its end; empty ones are skipped. UserError for what is not UTF-8."""
     try:
         while (line := input("user: " if sys.stdin.isatty() else "").strip()).lower() != "exit":
             line.encode()
@@ -253,7 +253,7 @@ def questions() -> Iterator[str]:
 
 
 def chat(args: Args, model: AudioFlamingo, tokenizer: Tokenizer, sampling: Sampling) -> None:
-    """Questions from the terminal, answers as their words come, the rate after each on standard error."""
+    """Read questions, write each answer word by word, and after it the rate on standard error."""
     heard = hear_or_warn(model, args.audio[0])
     note(f"a dialogue about {heard.path} ({heard.recording.seconds:.2f} s); exit ends it")
     dialogue = Dialogue(model, tokenizer, heard)
@@ -270,7 +270,7 @@ def chat(args: Args, model: AudioFlamingo, tokenizer: Tokenizer, sampling: Sampl
 
 def choose(model: AudioFlamingo, tokenizer: Tokenizer, state: State, logits_BV: torch.Tensor,
            options: list[str]) -> tuple[list[list[int]], list[str]]:
-    """-> for each recording the likeliest option's tokens, and all options as a table: probability, share of it, likeliest first."""
+    """-> per recording: the most likely option's tokens; a table of all options, most likely first: probability, share among options."""
     best, tables = [], []
     for logp in score(model, tokenizer, state, logits_BV, options):
         order, share = logp.argsort(descending=True).tolist(), logp.softmax(0)

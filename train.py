@@ -7,9 +7,10 @@
     python train.py --lm smollm2 --encoder runs/tiny --name smol            on a published language model; or with --clap FILE
     torchrun --nproc_per_node 2 train.py     the same on several processes (gloo on CPUs, nccl on GPUs)
 
-Stages (paper section 4), each on what the one before it left:
-    clap      contrastive audio-text training of the window encoder        (not needed with published CLAP weights)
-    lm        text-only training of the language model, sounds described in words      (nor with a published LM)
+Stages, each from the weights that the one before it left (pretrain and sft: paper section 3.2 iii; the paper takes the other two
+trained, ClapCap and OPT-IML):
+    clap      contrastive audio-text training of the window encoder                 (left out with --clap or --encoder)
+    lm        text-only training of the language model, sounds described in words   (left out with --lm)
     pretrain  representation and cross-attention layers learn, encoder and LM are frozen
     sft       everything but the encoder learns: single, few-shot and dialogue samples
 """
@@ -23,9 +24,9 @@ import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # before torch starts its pools: two pools at once cost 2 to 3 times
+for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # before torch starts its thread pools: more threads than cores take 2 to 3 times as long
     os.environ.setdefault(variable, str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")        # on a GPU: the same products bit for bit, whatever runs beside
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")        # on a GPU: cuBLAS gives the same bits in every run
 
 import torch
 import torch.distributed as dist
@@ -68,12 +69,12 @@ class Args:
 
 
 def make_tokenizer(folders, vocab_size: int) -> text.Tokenizer:
-    """Trained on what the model is to read and write: prompts, answers, descriptions and turns of the training rows."""
+    """A tokenizer trained on what the model is to read and write: prompts, answers, descriptions and turns of the training rows."""
     lines = []
     for folder, _ in folders:
         for row in manifest.read_rows(folder / "train.jsonl"):
             turns = row.get("turns", []) if row.get("audio") else []
-            parts = [row, *row.get("shots", [])[:1], *turns]     # few made-up words, or they would fill the vocabulary
+            parts = [row, *row.get("shots", [])[:1], *turns]     # one shot per row: the made-up words of all would fill the vocabulary
             lines += [part[k].lower() for part in parts for k in ("prompt", "answer", "description", "user", "assistant") if k in part]
             lines += [answer.lower() for answer in row.get("answers", [])]
     return text.Tokenizer.train(lines, vocab_size)
@@ -86,7 +87,7 @@ def stage_settings(args: Args, stage: str) -> StageConfig:
 
 
 def prepare(args: Args, world: World) -> None:
-    """The embedded data set is made where it is asked for and missing."""
+    """Make the embedded data set if it is asked for and missing."""
     if "data/scenes" in args.data and not Path("data/scenes/card.json").exists() and world.rank == 0:
         from prepare_data import prepare_scenes
         prepare_scenes(Path("data/scenes"))
@@ -94,13 +95,13 @@ def prepare(args: Args, world: World) -> None:
 
 
 def training_of(run: Path) -> dict:
-    """The flags that a run was trained with; {} if there is none, or if it was converted and not trained."""
+    """The flags that a run was trained with; {} if there is no such run, or if it was converted (pretrained.py), not trained."""
     values = checkpoint.read_json(run / "config.json") if (run / "config.json").exists() else {}
     return values.get("training", {}).get("args", {}) if isinstance(values, dict) else {}
 
 
 def with_defaults(args: Args) -> Args:
-    """Preset and optimizer, where they are not named: those of the run that is gone on with, or what fits a new model."""
+    """Preset and optimizer, where they are not named: those of the run that --init names, or what fits a new model."""
     before = training_of(Path(args.init)) if args.init else {}
     preset = args.preset or (before.get("preset", "af1") if args.init else "af1" if args.clap else "tiny")
     return replace(args, preset=preset, optimizer=args.optimizer or before.get("optimizer", "adamw" if args.lm else ""))
@@ -139,7 +140,7 @@ def parse_arguments() -> Args:
 
 
 def stages_of(args: Args) -> tuple[str, ...]:
-    """The stage asked for, or all but those whose work the given parts have behind them."""
+    """The stage asked for, or all but those that the given published or trained parts make superfluous."""
     if args.stage != "all":
         return (args.stage,)
     return tuple(s for s in ALL_STAGES if not (s == "lm" and args.lm or s == "clap" and (args.clap or args.encoder)))
@@ -169,7 +170,7 @@ def train(args: Args, world: World, folders, run: Path) -> None:
         if world.rank == 0:
             checkpoint.cut_log(run, ALL_STAGES, state)
             if found.name != "checkpoint":
-                shutil.rmtree(run / "checkpoint", ignore_errors=True)        # damaged: it must not take the place of the whole one
+                shutil.rmtree(run / "checkpoint", ignore_errors=True)        # damaged: --resume uses an older one
         checkpoint.load_weights(found, everything, world.device)
     elif weights:
         checkpoint.load_strictly(everything.model, weights, args.init or args.lm)
@@ -187,7 +188,7 @@ def train(args: Args, world: World, folders, run: Path) -> None:
             trainer = Trainer(stage, everything, objective, c, args, world)
             meter = trainer.run(first, run, found, draw if world.rank == 0 else lambda: None)
             lines.append(meter.line(sum(p.numel() for p in trainer.parameters), world))
-            if trainer.sharded:                                    # the next stage moves other weights: put together, split anew
+            if trainer.sharded:                                    # the next stage trains other weights: gather them, shard anew
                 weights, everything = checkpoint.whole_state(everything), Everything(config).to(world.device)
                 spread(everything, weights, world)
                 lighten(everything, args)
@@ -210,7 +211,7 @@ def train(args: Args, world: World, folders, run: Path) -> None:
 
 
 class Drawing:
-    """report.png with the loss curves so far, now and then while a long training runs."""
+    """Draws report.png with the loss curves so far, when `every` seconds have passed."""
     every = 300.0                                                  # seconds
 
     def __init__(self, run: Path):
@@ -224,7 +225,7 @@ class Drawing:
 
 
 def spread(everything: Everything, weights: dict[str, torch.Tensor], world: World) -> None:
-    """The weights that process 0 holds, to all."""
+    """Send the weights that process 0 holds to all processes."""
     if world.rank == 0:
         checkpoint.load_strictly(everything, weights, "sharded weights")
     for tensor in everything.state_dict().values():
@@ -235,7 +236,7 @@ def where_to_go_on(args: Args, run: Path) -> tuple[Path, dict]:
     """The run's last checkpoint, and the stage and step that it stands at."""
     last = checkpoint.find_checkpoint(run, ALL_STAGES, warn=int(os.environ.get("RANK", 0)) == 0)
     if not last:
-        raise UserError(f"--resume: {run} holds no checkpoint; leave the flag away to start")
+        raise UserError(f"--resume: {run} holds no checkpoint; leave out --resume to start")
     found, state = last
     if state["stage"] not in stages_of(args):
         raise UserError(f"--resume --stage {args.stage}: {run} stopped in stage {state['stage']}; go on with that --stage, or with all")
@@ -243,7 +244,7 @@ def where_to_go_on(args: Args, run: Path) -> tuple[Path, dict]:
 
 
 def check_rows(folders, stages: tuple[str, ...]) -> None:
-    """Rows that a stage would miss are told before an earlier run of this name is removed. What sft learns from, lm and pretrain can."""
+    """UserError for missing rows or recordings, before an earlier run of this name is removed. What serves sft serves lm and pretrain."""
     for stage in dict.fromkeys((stages[0], stages[-1])):
         rows = {folder: data.rows_of(folder, "train", stage) for folder, _ in folders}
         if not any(rows.values()):
@@ -256,7 +257,7 @@ def check_rows(folders, stages: tuple[str, ...]) -> None:
 
 
 def start_from(args: Args, folders, run: Path, world: World):
-    """-> tokenizer, configuration, weights (None: random, or in the checkpoint), of the interrupted run, --init, --lm, or new ones."""
+    """-> tokenizer, configuration, weights (None: random, or in the checkpoint): of the interrupted run, of --init, of --lm, or new."""
     weights, home = None, run if args.resume else Path(args.init) if args.init else None
     if home:
         tokenizer, config = checkpoint.load_tokenizer(home), checkpoint.load_config(home)
@@ -288,7 +289,8 @@ def start_from(args: Args, folders, run: Path, world: World):
 def published_parts(args: Args):
     """A new model on a published language model: configuration, tokenizer, state dict. Its ears: --clap's, --encoder's, or random.
 
-    Its gates start nearly closed, at tanh(0.1): on SmolLM2 the loss fell to .58 in 100 steps of 640 tokens, from 0 to .64 (one seed).
+    Its attention gates start nearly closed, at tanh(0.1): on SmolLM2 100 steps of 640 tokens brought the loss to .58, with gates that
+    start at 0 to .64 (one seed).
     """
     from af_min.pretrained import new_model
     base = checkpoint.load_config(Path(args.encoder)) if args.encoder else PRESETS[args.preset]

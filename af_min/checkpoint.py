@@ -241,7 +241,7 @@ def cut_log(run: Path, stages: tuple[str, ...], state: dict) -> None:
 
 
 def find_checkpoint(run: Path, stages: tuple[str, ...], warn: bool = True) -> tuple[Path, dict] | None:
-    """The last whole checkpoint with its stage and step; a damaged one is told, and the one before it is taken."""
+    """The last whole checkpoint with its stage and step; for a damaged one a warning, and the one before it."""
     problem = None
     for path in (run / name for name in CHECKPOINTS):
         if not path.exists():
@@ -260,5 +260,5 @@ def find_checkpoint(run: Path, stages: tuple[str, ...], warn: bool = True) -> tu
             print(f"warning: {problem}; going on from the checkpoint before it: {state['stage']} step {state['step']}", file=sys.stderr)
         return path, state
     if problem:
-        raise UserError(f"{problem}; leave --resume away to start anew")
+        raise UserError(f"{problem}; leave out --resume to start anew")
     return None

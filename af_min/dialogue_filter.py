@@ -1,4 +1,4 @@
-"""Keep the turns of dialogues that fit their recording (paper section 4: written dialogues are filtered by CLAP similarity).
+"""Keep the turns of dialogues that fit their recording (paper section 4.3: generated dialogues are filtered by CLAP similarity).
 
     python -m af_min.dialogue_filter --run runs/tiny --data data/mine                    the picture alone
     python -m af_min.dialogue_filter --run runs/tiny --data data/mine --threshold 0.2    and train.jsonl without the turns below

@@ -2,10 +2,11 @@
 
     g = sum over processes and parts of d loss / d weights,   g <- g min(1, clip / |g|),   one step of AdamW or Muon
 
-Losses are sums over this process's share divided by a number of the whole batch (stages.py): gradients add up and nothing is
-averaged. Without --shard each process has all weights; gradients are added up once a step, in one message, whatever
-the number of parts. With --shard (FSDP2) each process keeps a slice of every weight, its gradient and its optimizer state, and
-fetches a layer's weights when it needs them.
+A part is a piece of the batch whose samples are of like length and padded together (data.py). Its loss is the sum over this
+process's share of it, divided by a count over the whole batch (stages.py): gradients are added up, never averaged. Without --shard
+each process has all weights; gradients are added up once per step, in one message, whatever the number of parts. With --shard
+(FSDP2) each process keeps a slice of every weight, its gradient and its optimizer state, and fetches a layer's weights when
+it needs them.
 """
 from __future__ import annotations
 
@@ -38,7 +39,7 @@ from .config import StageConfig
 from .muon import Muon
 from .stages import Everything, Step, in_half
 
-SMALL = 1 << 24          # weights of a model whose products are too small to be divided among cores
+SMALL = 1 << 24          # weights; the products of a smaller model are too small to be divided among cores
 PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40": 181e12, "4090": 165e12}      # bf16 FLOP/s, without sparsity
 
 
@@ -59,7 +60,7 @@ class World:
         else:
             torch.set_num_threads(max(1, int(os.environ["OMP_NUM_THREADS"])))
         if size > 1:
-            # torchrun keeps its store when it starts the processes anew, with the addresses of the dead: each attempt has its own part.
+            # torchrun restarts processes but keeps its store, with the addresses of the dead ones: each attempt gets a prefix of its own.
             store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", next(dist.rendezvous("env://"))[0])
             dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=size)
         return cls(rank, size, device)
@@ -83,7 +84,7 @@ class World:
         return values
 
     def gather(self, names: list[str]) -> list[str]:
-        """The names that all processes hold together, on every one of them."""
+        """The names that the processes hold, all of them on every process."""
         held = [names] * self.size
         if self.size > 1:
             dist.all_gather_object(held, names)
@@ -110,9 +111,9 @@ def shard(everything: Everything, world: World, float32: bool) -> None:
 
 
 def lighten(everything: Everything, args) -> None:
-    """--checkpoint-activations and --compile, of each large layer for itself."""
+    """--checkpoint-activations and --compile, applied to each large layer."""
     for layer in [*everything.model.xattn.values(), *everything.model.lm.layers]:
-        if args.checkpoint_activations:                          # the forward pass keeps a layer's input alone, and is done again
+        if args.checkpoint_activations:                          # keep a layer's input alone; compute the rest again for the backward pass
             layer.forward = functools.partial(torch.utils.checkpoint.checkpoint, layer.forward, use_reentrant=False,
                                               context_fn=lambda: (nullcontext(), as_now()))
         if args.compile:
@@ -121,7 +122,7 @@ def lighten(everything: Everything, args) -> None:
 
 @functools.cache
 def lanes(count: int, threads: int) -> ThreadPoolExecutor:
-    """Threads of Python, each with so many of torch's. They ask each other for the interpreter after 0.1 ms, not after 5."""
+    """`count` Python threads, each with `threads` of torch's. They pass the interpreter on every 0.1 ms, not every 5."""
     sys.setswitchinterval(1e-4)
     return ThreadPoolExecutor(count, "lane", torch.set_num_threads, (threads,))
 
@@ -136,9 +137,9 @@ def rate(step: int, c: StageConfig) -> float:
 
 
 class Stop:
-    """SIGTERM or Ctrl-C during training is noted, and answered at the end of the step; a second Ctrl-C is answered at once.
+    """SIGTERM or Ctrl-C during training takes effect at the end of the step; a second Ctrl-C takes effect at once.
 
-    One that comes behind the last step, while its checkpoint is written, is answered as soon as that is done."""
+    One that comes after the last step, while its checkpoint is written, takes effect as soon as that is done."""
 
     def __enter__(self) -> "Stop":
         self.signal = 0
@@ -158,14 +159,14 @@ class Stop:
 
 
 def peak_memory(device: torch.device) -> float:
-    """GB, of this process since it began."""
+    """Most memory that this process has held since it began, in GB (of the GPU, if there is one)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
 
 
 def gates(everything: Everything) -> list[float]:
-    """tanh(attn_gate) of every cross-attention block; a sharded one lies on process 0."""
+    """tanh(attn_gate) of every cross-attention block; FSDP2 puts the one number of each on process 0."""
     raw = [b.attn_gate.detach() for b in everything.model.xattn.values()]
     return [round(g, 4) for g in torch.cat([g.to_local() if hasattr(g, "to_local") else g for g in raw]).float().tanh().tolist()]
 
@@ -205,7 +206,7 @@ def footer(everything: Everything, lines: list[str], seconds: float, world: Worl
 
 
 class Trainer:
-    """One stage: its optimizer, and how a step is made."""
+    """One stage: its optimizer, its steps, its log."""
 
     def __init__(self, stage: str, everything: Everything, objective, c: StageConfig, args, world: World):
         self.stage, self.everything, self.objective, self.c, self.args, self.world = stage, everything, objective, c, args, world
@@ -213,14 +214,14 @@ class Trainer:
         everything.freeze_but(stage)
         if self.sharded:
             shard(everything, world, args.float32)
-        self.parameters = everything.freeze_but(stage)           # those that sharding put in the place of the first
+        self.parameters = everything.freeze_but(stage)           # sharding has replaced the first ones
         self.optimizer = self.make_optimizer()
         self.side_by_side = (world.device.type == "cpu" and not (self.sharded or args.checkpoint_activations or args.compile)
-                             and not any(isinstance(m, nn.Dropout) for m in everything.modules())      # its draws would be anyone's
+                             and not any(isinstance(m, nn.Dropout) for m in everything.modules())      # threads would share its random numbers
                              and sum(p.numel() for p in everything.parameters()) < SMALL)
 
     def make_optimizer(self) -> torch.optim.Optimizer:
-        """Weights decay, vectors (biases, norms, gates) do not. Muon's are the weights of linear layers, but for the head."""
+        """Weight decay on matrices, not on vectors (biases, norms, gates). Muon moves the weights of linear layers except the head's."""
         everything, c, groups = self.everything, self.c, {}
         of_lm = {id(p) for p in everything.model.lm.parameters()}
         of_layers = {id(layer.weight) for name, layer in everything.named_modules()
@@ -236,16 +237,16 @@ class Trainer:
         return Muon(groups, products=torch.bfloat16 if in_half(self.world.device, self.args.float32) else None, **settings)
 
     def compute(self, step: Step) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Loss of every part and its sums per task; behind the last one the gradients of all stand in the parameters.
+        """Yield loss and sums per task of every part; after the last one, `grad` of the parameters holds the sum over all parts.
 
-        A CPU computes the parts of a small model's batch side by side, each on its share of the cores, and adds up in their order: what
-        the same parts give one after the other. `tiny` on two cores, a step of sft: 203 ms, not 245 (tests/bench_train.py --threads 2)."""
+        A CPU computes the parts of a small model's batch in parallel, each on its share of the cores, and adds them up in their order, as
+        if one after the other. `tiny` on two cores, a step of sft: 203 ms, not 245 (tests/bench_train.py --threads 2)."""
         threads = torch.get_num_threads()
         count = min(threads, len(step.parts)) if self.side_by_side else 1
         if count == 1:
             for i, (_, loss) in enumerate(step.parts):
                 if self.sharded:
-                    self.everything.set_requires_gradient_sync(i + 1 == len(step.parts))          # one message a layer and step
+                    self.everything.set_requires_gradient_sync(i + 1 == len(step.parts))          # one message per layer and step
                 value, sums = loss()
                 (value * self.world.size if self.sharded else value).backward()                   # FSDP2 averages; we add up
                 yield value.detach(), sums
@@ -294,7 +295,7 @@ class Trainer:
         return step, {"loss": round(total, 7), "tasks": tasks, "lr": rate(number, self.c), "grad_norm": round(norm, 4)}, int(stopped)
 
     def run(self, first: int, run: Path, found: Path | None, on_checkpoint: Callable[[], None] = lambda: None) -> Meter:
-        """Steps first .. c.steps, with a line in log.jsonl for each and a checkpoint every so often; SystemExit after a signal."""
+        """Steps first .. c.steps - 1: a line in log.jsonl each, a checkpoint every --checkpoint-every; SystemExit after a signal."""
         c, world, meter, smooth, started = self.c, self.world, Meter(self.stage), None, time.time()
         if first and found:
             checkpoint.load_training(found, self.everything, self.optimizer, world.device, self.sharded)

@@ -1,4 +1,4 @@
-"""Nearest recordings: which examples to show before a question (paper section 4: few-shot samples by nearest audio embedding).
+"""Nearest recordings: which examples to show before a question (paper section 4.1, there by LAION-CLAP embeddings).
 
     python -m af_min.retrieval --run runs/tiny --data data/mine --shots 4        interleaved rows for the train split
     python -m af_min.retrieval --run runs/tiny --data data/mine --shots 0        window embeddings of all its recordings, no rows

@@ -1,9 +1,10 @@
 """What each stage of training learns, and its loss. engine.py runs the steps; train.py says in which order.
 
-    clap              symmetric cross-entropy over cosine similarities of windows and captions (clap.py)
-    lm, pretrain, sft - sum log p(supervised token) / number of supervised tokens of the *global* batch
+    clap                symmetric cross-entropy over cosine similarities of windows and captions (clap.py)
+    lm, pretrain, sft   - sum log p(supervised token) / number of supervised tokens of the *global* batch
 
-so that a sample weighs the same whichever process, part of a batch or padding it meets.
+so that a token weighs the same on whatever process and in whatever part of the batch it is. (Paper, equations 1 to 3: the weights of
+its data sets are shares of the samples drawn here, data.py.)
 """
 from __future__ import annotations
 
@@ -28,16 +29,16 @@ from .store import Store
 
 
 class Everything(nn.Module):
-    """What training keeps: the model, and the text tower that only the clap stage and text retrieval need."""
+    """All that is trained: the model, and the text tower and scale of similarities that only the clap stage and dialogue_filter.py need."""
 
     def __init__(self, config):
         super().__init__()
         self.model = AudioFlamingo(config)
         self.text_tower = TextTower(config.clap, config.lm.vocab_size)
-        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))        # start and bound (below): CLIP's, arXiv 2103.00020
 
     def freeze_but(self, stage: str) -> list[nn.Parameter]:
-        """The parameters that move in a stage; no other asks for a gradient."""
+        """The parameters that learn in a stage; the others get no gradient."""
         m = self.model
         modules = {"clap": [m.encoder, self.text_tower], "lm": [m.lm], "pretrain": [m.representation, m.xattn],
                    "sft": [m.representation, m.xattn, m.lm]}[stage]
@@ -59,24 +60,24 @@ def in_half(device: torch.device, float32: bool) -> bool:
 
 
 def half_precision(device: torch.device, float32: bool):
-    """A context for a forward pass: on a GPU autocast, on a CPU products alone."""
+    """Context of a forward pass: autocast to bfloat16 on a GPU, products alone in bfloat16 on a CPU (kernels/linear.py)."""
     half = in_half(device, float32)
     return bfloat16_products(half) if device.type == "cpu" else torch.autocast(device.type, torch.bfloat16, enabled=half)
 
 
 @dataclass
 class Step:
-    """One global batch: what this process has to do for it, and what all of it holds."""
+    """One global batch: this process's share of the work, and sizes of the whole."""
     parts: list[tuple[list[str], Callable[[], tuple[torch.Tensor, torch.Tensor]]]]    # names of samples; () -> loss, its sums per task
-    counts: list[int]        # per task: what its sum is divided by (supervised tokens)
+    counts: list[int]        # per task: supervised tokens, by which its sum is divided
     samples: int
-    tokens: int = 0          # that are real, and
+    tokens: int = 0          # without padding
     padded: int = 0          # with padding
-    flops: float = 0.0       # of forward and backward: multiplications with weights alone, padding not counted
+    flops: float = 0.0       # of forward and backward: products with weights alone, padding not counted
 
 
 class ClapStage:
-    """Windows and their captions; every process encodes its share, the loss compares all with all."""
+    """Windows and their captions. Every process encodes its share; the loss compares every window with every caption."""
     tasks = ["WindowText"]
 
     def __init__(self, everything: Everything, folders, tokenizer, c: StageConfig, args, world):
@@ -92,7 +93,7 @@ class ClapStage:
 
     @torch.no_grad()
     def _measure_mel_statistics(self, rows: list[dict]) -> None:
-        """Mean and variance of every mel bin, measured once, so that no batch and no process has its own."""
+        """Mean and variance of every mel bin, measured once, on 1024 to 2047 windows if there are so many; equal for all batches and processes."""
         encoder = self.everything.model.encoder
         mel = encoder.log_mel(self.windows(rows[:: max(1, len(rows) // 1024)]).to(self.world.device)).flatten(0, 1)
         encoder.mel_norm.running_mean.copy_(mel.mean(0))
@@ -100,6 +101,7 @@ class ClapStage:
         encoder.mel_norm.eval()
 
     def windows(self, rows: list[dict]) -> torch.Tensor:
+        """(A, S): the window of every row, padded with zeros."""
         out = torch.zeros(len(rows), self.config.window_samples)
         for i, row in enumerate(rows):
             first = round(row["start"] * self.config.sample_rate)
@@ -108,7 +110,7 @@ class ClapStage:
         return out
 
     def step(self, number: int) -> Step:
-        """One part: contrastive loss does not split into parts of a batch."""
+        """A batch in one part: a contrastive loss needs all pairs at once."""
         rows, world = self.captions.batch(number), self.world
         ids = [self.tokenizer.encode(r["answer"]) for r in rows]
         labels = {answer: i for i, answer in enumerate(sorted({r["answer"] for r in rows}))}
@@ -161,7 +163,7 @@ class TextStage:
         model.encoder.eval()
 
     def step(self, number: int) -> Step:
-        """Every part of the batch, this process's share of it, in `accumulate` pieces."""
+        """This process's share of every part of the batch, each in `accumulate` pieces."""
         batch, parts, size = self.mixture.batch(number), [], self.world.size
         places = [place for part in batch for place in part]
         counts = np.zeros(len(self.tasks), np.int64)
@@ -170,7 +172,7 @@ class TextStage:
         for part in batch:
             for n in range(self.accumulate):
                 share = part[self.world.rank::size][n::self.accumulate]
-                if share or self.in_step:        # sharded processes go through every piece together, if need be for nothing
+                if share or self.in_step:        # sharded processes work in step: one without a share computes a piece of weight 0
                     piece, weight = (share, 1.0) if share else (part[:1], 0.0)
                     parts.append(([self.name(*place) for place in piece],
                                   lambda piece=piece, weight=weight: self.loss(piece, weight, int(counts.sum()))))
@@ -195,7 +197,7 @@ class TextStage:
 
 
 def flops(everything: Everything, listening: bool) -> tuple[float, float]:
-    """Of a step, per text token and per supervised token (the head): 2 a weight forward, 2 backward, 2 more where it learns."""
+    """FLOPs per text token, and more per supervised token (the head): for each weight 2 forward, 2 backward, 2 more where it learns."""
     def cost(*parameters: nn.Parameter) -> float:
         return sum(p.numel() * (6 if p.requires_grad else 4) for p in parameters if p.ndim == 2)
     m = everything.model
@@ -204,8 +206,8 @@ def flops(everything: Everything, listening: bool) -> tuple[float, float]:
 
 
 def embed(model: AudioFlamingo, folder: Path, rows: list[dict], world) -> Store:
-    """The store of a data set's window embeddings; the processes share what is missing. In float32, whatever the stage learns in:
-    the same encoder finds the same embeddings there."""
+    """The store of a data set's window embeddings; the processes share the encoding of those still missing. Always in float32, so that
+    embeddings of the same encoder are the same in every stage."""
     model.encoder.eval()
     store = Store(folder, model.encoder, model.config.audio, model.config.clap.out_width)
     store.add(data.recordings(rows), f"encoding {folder}", rank=world.rank, size=world.size, wait=world.wait)

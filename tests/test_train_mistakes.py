@@ -209,7 +209,7 @@ def test_damaged_checkpoints_are_named_in_one_line(run, scenes_data, capsys, fil
     for name in checkpoint.CHECKPOINTS:
         (folder / "run" / name / file).write_text(content)
     said = mistake(capsys, TRAIN, run.parent, "--preset", "micro", "--no-evaluate", "--data", scenes_data, "--name", "run", "--resume")
-    assert file in said and "leave --resume away" in said
+    assert file in said and "leave out --resume" in said
 
 
 def test_a_configuration_survives_the_way_to_disk_and_back(tmp_path, tokenizer):
