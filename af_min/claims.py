@@ -31,7 +31,7 @@ from pathlib import Path
 
 import numpy as np
 
-from . import checkpoint, cli, manifest, scores
+from . import checkpoint, cli, manifest, metrics, scores
 from .answering import Answerer
 from .cli import UserError, flag
 
@@ -134,21 +134,18 @@ def measured(args: Args, run: Path, folder: Path, wanted: set[str]) -> dict[str,
     found = found["scores"] if found.get("items") == args.items else {}
     if wanted <= set(found):
         return found
-    tasks = defaultdict(list)
-    for row in manifest.read_rows(folder / "test.jsonl"):
-        tasks[row["task"]].append(row)
-    tasks = {task: scores.some(rows, args.items) for task, rows in tasks.items()}
+    tasks = scores.by_task(manifest.read_rows(folder / "test.jsonl"), args.items)
     answerer = Answerer.open(run, folder, [row for rows in tasks.values() for row in rows])
     task_of = {name: task for task, name in {**SCENES, **EPISODES}.items()}
     for measure in sorted(wanted - set(found)):
         if measure == "dialogue":
-            said = [(row["answer"], truth) for row, truth in scores.dialogue_items(tasks["Dialogue"], answerer)]
+            rows, said = zip(*scores.dialogue_items(tasks["Dialogue"], answerer.answer))
         else:
             k, _, choice = measure.partition(" ")
             rows = tasks[task_of[measure]] if measure in task_of else \
                 scores.with_pool_shots(tasks["Pool"], answerer.store, choice if k != "0" else "random", int(k))
-            said = zip(answerer.answer(rows), (row["answer"] for row in rows))
-        found[measure] = scores.accuracy(*zip(*said))
+            said = answerer.answer(rows)
+        found[measure] = float(np.mean([metrics.exact(answer, [row["answer"]]) for row, answer in zip(rows, said)]))
     checkpoint.write_json(path, {"items": args.items, "scores": found})
     return found
 

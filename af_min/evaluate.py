@@ -19,9 +19,10 @@ from __future__ import annotations
 
 import sys
 import time
-from collections import ChainMap, defaultdict
+from collections import ChainMap
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,7 @@ from tqdm import tqdm
 from . import checkpoint, cli, data, manifest, metrics, scores, text
 from .answering import Answerer
 from .cli import UserError, flag
-from .predictions import Predictions, Remembering, header, predict
+from .predictions import Predictions, header, predict, remembered
 from .retrieval import Library, pooled
 from .scores import Measure
 from .store import Store
@@ -57,17 +58,15 @@ class Args:
 
 def questions(rows: list[dict], items: int = 0) -> dict[str, list[dict]]:
     """Rows of a split by task, as questions with "id" and "answers"; of a dialogue each turn, after the true ones before it."""
-    tasks = defaultdict(list)
+    asked = []
     for number, row in enumerate(rows):
         if row["task"] == "WindowText" or "pool" in row:                     # not questions to this model, or not without shots
             continue
         for n, turn in enumerate(row.get("turns", [None])):
-            asked = dict(row, id=[number, n])
-            if turn:
-                asked |= {"turns": [*row["turns"][:n], {**turn, "assistant": ""}], "prompt": turn["user"],
-                          "answers": [turn["assistant"]]}
-            tasks[row["task"]].append({**asked, "answers": asked.get("answers") or [asked["answer"]]})
-    return {task: scores.some(rows, items) for task, rows in sorted(tasks.items())}
+            own = {"turns": [*row["turns"][:n], {**turn, "assistant": ""}], "prompt": turn["user"],
+                   "answers": [turn["assistant"]]} if turn else {"answers": row.get("answers") or [row["answer"]]}
+            asked.append({**row, "id": [number, n], **own})
+    return scores.by_task(asked, items)
 
 
 def with_examples(rows: list[dict], library: Library, store: Store, k: int, choice: str, seed: int) -> list[dict]:
@@ -105,11 +104,10 @@ def measures(task: str, answers: list[str], references: list[list[str]]) -> dict
             pairs = np.array([metrics.tag_counts(a, rs[0], least) for a, rs in zip(answers, references)])
             found[name] = lambda i, pairs=pairs: metrics.f1(pairs[i].sum(0))
     if not words or task == "Dialogue":
-        right = np.array([metrics.exact(a, rs) for a, rs in zip(answers, references)])
-        found["exact"] = lambda i: right[i].mean()
+        right = found["exact"] = scores.exactly(answers, references)
         agreed = np.array([len(set(map(metrics.normalized, rs))) == 1 for rs in references])
         if task == "AQA" and 0 < agreed.sum() < len(agreed):
-            found["exact, unanimous"] = lambda i: right[i][agreed[i]].mean() if agreed[i].any() else 0.0
+            found["exact, unanimous"] = lambda i: right(i[agreed[i]]) if agreed[i].any() else 0.0
     return found
 
 
@@ -121,26 +119,11 @@ def is_tags(task: str, references: list[list[str]]) -> bool:
 def option_measures(task: str, entries: list[dict]) -> dict[str, Measure]:
     references = [entry["references"] for entry in entries]
     if not is_tags(task, references):
-        right = np.array([metrics.exact(entry["option"], refs) for entry, refs in zip(entries, references)])
-        return {"likeliest option": lambda i: right[i].mean()}
+        return {"likeliest option": scores.exactly([entry["option"] for entry in entries], references)}
     options = sorted({option for entry in entries for option in entry["likelihoods"]})
     likelihood = np.array([[entry["likelihoods"].get(option, -np.inf) for option in options] for entry in entries])
     true = np.array([[option in metrics.tags(refs[0]) for option in options] for refs in references])
     return {"mAP": lambda i: metrics.mean_average_precision(likelihood[i], true[i])}
-
-
-@dataclass
-class Result:
-    task: str
-    shots: str
-    measure: str
-    items: int
-    references: float              # an item, on average
-    score: float
-    low: float
-    high: float
-    blind: float | None
-    swapped: float | None
 
 
 class Evaluation:
@@ -169,8 +152,7 @@ class Evaluation:
         self.header = header(Path(args.run), self.folder, args.split, args.max_new) | {"options": sorted(args.options)}
         self.blind = {}                                                        # question id -> answer
         for task, rows in self.tasks.items():
-            asked = [{name: row[name] for name in ("task", "prompt", "answers")} for row in trained.get(task, [])]
-            self.blind |= dict(zip((tuple(row["id"]) for row in rows), scores.blind_answers(rows, asked)))
+            self.blind |= dict(zip((tuple(row["id"]) for row in rows), scores.blind_answers(rows, trained.get(task, []))))
         self.moved = self.answers(moved=True) if args.swapped else {}
 
     def answers(self, k: int = 0, choice: str = "", moved: bool = False) -> dict[str, list[dict]]:
@@ -193,10 +175,10 @@ class Evaluation:
             out[task] = predict(reader, scores.swapped(rows) if moved else rows, predictions, options, f"{task}, {name}")
         return out
 
-    def results(self, k: int, choice: str) -> Iterator[Result]:
+    def results(self, k: int, choice: str) -> Iterator[dict]:
         """Every measure of every task under one condition."""
         for task, entries in self.answers(k, choice).items():
-            references, everything = [entry["references"] for entry in entries], np.arange(len(entries))
+            references = [entry["references"] for entry in entries]
             found = measures(task, [entry["answer"] for entry in entries], references)
             guessed = measures(task, [self.blind[tuple(entry["id"])] for entry in entries], references)
             moved = self.moved.get(task) if not k else None
@@ -205,49 +187,40 @@ class Evaluation:
                 found |= option_measures(task, entries)
             own = "own" if not k and entries[0]["shots"] else f"{k} {choice}".strip()
             for name, measure in found.items():
-                low, high = metrics.interval(measure, len(entries), 100 if name == "mAP" else 1000)
-                beside = (float(other[name](everything)) if name in other else None for other in (guessed, wrong))
-                yield Result(task, own, name, len(entries), round(float(np.mean([len(r) for r in references])), 2),
-                             float(measure(everything)), low, high, *beside)
+                yield {"task": task, "shots": own, "measure": name, "items": len(entries),
+                       "references": round(float(np.mean([len(r) for r in references])), 2),      # an item, on average
+                       **scores.figures(measure, len(entries), 100 if name == "mAP" else 1000,
+                                        blind=guessed.get(name), swapped=wrong.get(name))}
 
 
-def table(results: list[Result]) -> str:
-    def cell(value):
-        return "   -  " if value is None else f"{value:6.3f}"
-    lines = [f"{'task':20s} {'shots':10s} {'measure':16s} {'items':>6s} {'refs':>5s}  {'score':>6s}  {'[95 %]':14s} "
-             f"{'blind':>6s} {'swapped':>8s}"]
-    lines += [f"{r.task:20s} {r.shots:10s} {r.measure:16s} {r.items:6d} {r.references:5.2f}  {cell(r.score)}  "
-              f"[{r.low:.3f}, {r.high:.3f}] {cell(r.blind)} {cell(r.swapped):>8s}" for r in results]
-    return "\n".join(lines)
-
-
-def general(args: Args) -> list[Result]:
+def general(args: Args) -> list[dict]:
     """Score any prepared data set; print the table and what it was measured with; write scores-<data set>.json."""
     started = time.time()
     evaluation = Evaluation(replace(args, device="cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"))
     conditions = [(k, choice) for k in args.shots or [0] for choice in (args.shots_from if k else [""])]
     results = [result for k, choice in conditions for result in evaluation.results(k, choice)]
-    print(table(results))
+    print(scores.table(results, f"{'task':20s} {'shots':10s} {'measure':16s} {'items':>6s} {'refs':>5s}",
+                       "{task:20s} {shots:10s} {measure:16s} {items:6d} {references:5.2f}"))
     for task, asked in evaluation.tasks.items():
         prompts = sorted({row["prompt"] for row in asked})
         print(f"{task}: {text.prefix(task) + prompts[0]!r}" + (f" and {len(prompts) - 1} other prompts" if prompts[1:] else ""))
     print(f"greedy decoding, at most {args.max_new} tokens, {time.time() - started:.0f} s; "
           f"answers: {args.run}/predictions-{evaluation.folder.name}-*.jsonl")
-    checkpoint.write_json(Path(args.run) / f"scores-{evaluation.folder.name}.json", [asdict(r) for r in results])
+    checkpoint.write_json(Path(args.run) / f"scores-{evaluation.folder.name}.json", results)
     return results
 
 
-def embedded(run: Path, folder: Path, items: int = 0) -> list[scores.Score]:
-    """The table of the README and two transcripts, `[..]` as below; writes scores.json."""
+def embedded(run: Path, folder: Path, items: int = 0) -> list[dict]:
+    """The table of the README and two transcripts; writes scores.json."""
     started, (test, train) = time.time(), (manifest.read_rows(folder / f"{split}.jsonl") for split in ("test", "train"))
     answerer = Answerer.open(run, folder, test, "encoding test split")
     path = run / f"predictions-{folder.name}-test-table.jsonl"
-    answerer = Remembering(answerer, Predictions(path, header(run, folder, "test", answerer.max_new)))
-    results = list(tqdm(scores.scores(answerer, test, train, items), "scoring", unit="task"))
-    print(scores.table(results), scores.transcript(answerer, test), sep="\n")
+    ask = partial(remembered, answerer, Predictions(path, header(run, folder, "test", answerer.max_new)))
+    results = list(tqdm(scores.scores(ask, answerer.store, test, train, items), "scoring", unit="task"))
+    print(scores.table(results, f"{'task':36s} {'items':>6s}", "{name:36s} {items:6d}"), scores.transcript(ask, test), sep="\n")
     print(f"greedy decoding, at most {answerer.max_new} tokens, prompts of af_min/text.py, one reference an item, "
-          f"{sum(s.items for s in results)} items, {time.time() - started:.0f} s; answers: {path}")
-    checkpoint.write_json(run / "scores.json", [vars(s) for s in results])
+          f"{sum(r['items'] for r in results)} items, {time.time() - started:.0f} s; answers: {path}")
+    checkpoint.write_json(run / "scores.json", results)
     return results
 
 

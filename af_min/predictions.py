@@ -79,15 +79,9 @@ def predict(answerer: Answerer, rows: list[dict], predictions: Predictions, opti
     return [said[tuple(row["id"])] for row in rows]
 
 
-class Remembering(Answerer):
-    """Answers out of a file, and into it: what stands there is not asked again."""
-
-    def __init__(self, answerer: Answerer, predictions: Predictions):
-        super().__init__(answerer.model, answerer.tokenizer, answerer.store, answerer.max_new)
-        self.predictions = predictions
-
-    def answer(self, rows: list[dict]) -> list[str]:
-        asked = [{**row, "id": [hashlib.sha256(json.dumps(row, sort_keys=True).encode()).hexdigest()[:16]],
-                  "prompt": row["turns"][-1]["user"] if "turns" in row else row["prompt"],
-                  "answers": [row["answer"]] if "answer" in row else []} for row in rows]
-        return [entry["answer"] for entry in predict(self, asked, self.predictions, [], "")]
+def remembered(answerer: Answerer, predictions: Predictions, rows: list[dict]) -> list[str]:
+    """Answers out of the file, and into it: what stands there is not asked again."""
+    asked = [{**row, "id": [hashlib.sha256(json.dumps(row, sort_keys=True).encode()).hexdigest()[:16]],
+              "prompt": row["turns"][-1]["user"] if "turns" in row else row["prompt"],
+              "answers": [row["answer"]] if "answer" in row else []} for row in rows]
+    return [entry["answer"] for entry in predict(answerer, asked, predictions, [], "")]

@@ -1,4 +1,4 @@
-"""The embedded data set's scores, each beside what can be had without listening: the table of the README.
+"""Scores with what stands beside them, and those of the embedded data set, each beside what can be had without listening: the table of the README.
 
 `chance`: uniform over the possible answers. `blind`: the best answer that ignores the audio, always the one that the training
 rows give most often to this question, and for few-shot one of the words in the prompt. `swapped`: the same model and items, but
@@ -8,35 +8,40 @@ from __future__ import annotations
 
 import random
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 import numpy as np
 
 from . import metrics, retrieval
-from .answering import Answerer
 from .store import Store
+
+Ask = Callable[[list[dict]], list[str]]                # rows that end with their question -> answers
+Measure = Callable[[np.ndarray], float]                # numbers of items -> score
 
 
 # ---------------------------------------------------------------------- items
 
-def some(rows: list, items: int) -> list:
-    """`items` of the rows (0: all) at even distances: a test split may be sorted by answer."""
-    count = min(items, len(rows)) if items else len(rows)
-    return [rows[i * len(rows) // count] for i in range(count)]
+def by_task(rows: Iterable[dict], items: int = 0) -> dict[str, list[dict]]:
+    """Rows of each task, `items` of them (0: all) at even distances: a test split may be sorted by answer."""
+    tasks = defaultdict(list)
+    for row in rows:
+        tasks[row["task"]].append(row)
+    counts = {task: min(items or len(rows), len(rows)) for task, rows in tasks.items()}
+    return {task: [rows[i * len(rows) // counts[task]] for i in range(counts[task])] for task, rows in sorted(tasks.items())}
 
 
-def dialogue_items(rows: list[dict], answerer: Answerer) -> Iterator[tuple[dict, str]]:
-    """Second and later turns, the model's own earlier answers before them: (row up to the question, right answer)."""
+def dialogue_items(rows: list[dict], ask: Ask) -> Iterator[tuple[dict, str]]:
+    """Second and later turns, the model's own earlier answers before them: (row with "prompt" and the right "answer", its answer)."""
     said: list[list[str]] = [[] for _ in rows]
     for turn in range(max(len(r["turns"]) for r in rows)):
         live = [i for i, r in enumerate(rows) if len(r["turns"]) > turn]
         asked = [{**rows[i], "turns": [
             {"user": t["user"], "assistant": s} for t, s in zip(rows[i]["turns"], [*said[i], ""])]} for i in live]
-        for i, row, answer in zip(live, asked, answerer.answer(asked)):
+        for i, row, answer in zip(live, asked, ask(asked)):
             said[i].append(answer or "?")
             if turn:
-                yield {**row, "answer": answer}, rows[i]["turns"][turn]["assistant"]
+                yield {**row, "prompt": row["turns"][-1]["user"], "answer": rows[i]["turns"][turn]["assistant"]}, answer
 
 
 def with_pool_shots(rows: list[dict], store: Store, how: str, shots: int = 4, seed: int = 0) -> list[dict]:
@@ -79,51 +84,22 @@ def blind_answers(rows: list[dict], train: list[dict]) -> list[str]:
             for r in rows]
 
 
-def blind_dialogue(rows: list[dict], train: list[dict]) -> float:
-    counts = defaultdict(Counter)
-    for row in train:
-        for turn in row.get("turns", []):
-            counts[turn["user"]][turn["assistant"]] += 1
-    turns = [t for r in rows for t in r["turns"][1:]]
-    return sum(counts[t["user"]].most_common(1)[0][0] == t["assistant"] for t in turns) / len(turns)
-
-
-def accuracy(answers: list[str], truths: list[str]) -> float:
-    return exactly(answers, truths)(np.arange(len(truths))) if truths else 0.0
-
-
-Measure = Callable[[np.ndarray], float]                # numbers of items -> score
-
-
-def exactly(answers: list[str], truths: list[str]) -> Measure:
-    right = np.array([metrics.exact(answer, [truth]) for answer, truth in zip(answers, truths)])
+def exactly(answers: list[str], references: list[list[str]]) -> Measure:
+    right = np.array([metrics.exact(answer, refs) for answer, refs in zip(answers, references)])
     return lambda i: float(right[i].mean())
 
 
-def by_events(answers: list[str], truths: list[str]) -> Measure:
-    counts = np.array([metrics.event_counts(answer, truth) for answer, truth in zip(answers, truths)])
+def by_events(answers: list[str], references: list[list[str]]) -> Measure:
+    counts = np.array([metrics.event_counts(answer, refs[0]) for answer, refs in zip(answers, references)])
     return lambda i: metrics.f1(counts[i].sum(0))
 
 
-@dataclass
-class Score:
-    name: str
-    items: int
-    score: float
-    low: float                     # 95 % by bootstrap over the items
-    high: float
-    chance: float | None
-    blind: float
-    swapped: float | None
-
-
-def scored(name: str, said: list[str], truths: list[str], chance: float | None, blind: list[str] | float,
-           moved: list[str] | None = None, of: Callable[[list[str], list[str]], Measure] = exactly) -> Score:
-    """The score of answers, of those without listening (or what these would get) and of those to another recording."""
-    measure, everything = of(said, truths), np.arange(len(truths))
-    return Score(name, len(truths), measure(everything), *metrics.interval(measure, len(truths)), chance,
-                 blind if isinstance(blind, float) else of(blind, truths)(everything),
-                 of(moved, truths)(everything) if moved is not None else None)
+def figures(measure: Measure, items: int, draws: int = 1000, **beside: Measure | float | None) -> dict[str, float | None]:
+    """Score, 95 % by bootstrap over the items, and what stands beside it: the same measure of other answers, or a number."""
+    everything = np.arange(items)
+    low, high = metrics.interval(measure, items, draws)
+    return {"score": float(measure(everything)), "low": low, "high": high,
+            **{name: float(other(everything)) if callable(other) else other for name, other in beside.items()}}
 
 
 QUESTION_SCORES = {  # task: (name in the table, chance)
@@ -132,57 +108,59 @@ QUESTION_SCORES = {  # task: (name in the table, chance)
     "Pitch": ("pitch of X", 1 / 2), "Length": ("length of X", 1 / 2)}
 
 
-def scores(answerer: Answerer, test: list[dict], train: list[dict], items: int = 0) -> Iterator[Score]:
+def scored(name: str, rows: list[dict], said: list[str], moved: list[str] | None, chance: float | None, blind: list[str] | float,
+           of: Callable[[list[str], list[list[str]]], Measure] = exactly) -> dict:
+    """The score of answers, of those without listening (or what these would get) and of those to another recording."""
+    measure = partial(of, references=[[row["answer"]] for row in rows])
+    blind, moved = (measure(answers) if isinstance(answers, (list, tuple)) else answers for answers in (blind, moved))
+    return {"name": name, "items": len(rows), **figures(measure(said), len(rows), chance=chance, blind=blind, swapped=moved)}
+
+
+def scores(ask: Ask, store: Store, test: list[dict], train: list[dict], items: int = 0) -> Iterator[dict]:
     """All scores of the embedded data set, one after the other."""
-    tasks = defaultdict(list)
-    for row in test:
-        tasks[row["task"]].append(row)
-    tasks = {task: some(rows, items) for task, rows in tasks.items()}
+    tasks = by_task(test, items)
+    turns = [{"task": "Dialogue", "prompt": turn["user"], "answer": turn["assistant"]} for row in train for turn in row.get("turns", [])]
 
-    def both(rows: list[dict]) -> tuple[list[str], list[str], list[str]]:
-        """Answers, right answers, answers about another recording."""
-        return answerer.answer(rows), [row["answer"] for row in rows], answerer.answer(swapped(rows))
+    def both(rows: list[dict]) -> tuple[list[dict], list[str], list[str]]:
+        """Rows, answers, answers about another recording."""
+        return rows, ask(rows), ask(swapped(rows))
 
-    rows = tasks["AudioCaptioning"]
-    said, truths, moved = both(rows)
+    rows, *answers = both(tasks["AudioCaptioning"])
     for name, of in (("caption: event F1", by_events), ("caption: all events in order", exactly)):
-        yield scored(name, said, truths, None, blind_answers(rows, train), moved, of)
+        yield scored(name, rows, *answers, None, blind_answers(rows, train), of)
     for task, (name, chance) in QUESTION_SCORES.items():
-        said, truths, moved = both(tasks[task])
-        yield scored(name, said, truths, chance, blind_answers(tasks[task], train), moved)
-    rows = tasks["Dialogue"]
-    (said, truths), (moved, _) = (zip(*((row["answer"], truth) for row, truth in dialogue_items(of, answerer)))
-                                  for of in (rows, swapped(rows)))
-    yield scored("dialogue, turns 2 to 4", said, truths, None, blind_dialogue(rows, train), moved)
+        yield scored(name, *both(tasks[task]), chance, blind_answers(tasks[task], train))
+    (rows, said), (_, moved) = (zip(*dialogue_items(of, ask)) for of in (tasks["Dialogue"], swapped(tasks["Dialogue"])))
+    yield scored("dialogue, turns 2 to 4", rows, said, moved, None, blind_answers(rows, turns))
     for task, classes in (("FewShotSeen", "classes seen"), ("FewShotUnseen", "classes never seen")):
-        said, truths, moved = both(tasks[task])
-        yield scored(f"4-way, 4 shots, {classes}", said, truths, 1 / 4, 1 / 4, moved)
-        bare = answerer.answer([{k: v for k, v in row.items() if k != "shots"} for row in tasks[task]])
-        yield scored(f"4-way, 0 shots, {classes}", bare, truths, 1 / 4, 0.0)
+        yield scored(f"4-way, 4 shots, {classes}", *both(tasks[task]), 1 / 4, 1 / 4)
+        bare = ask([{k: v for k, v in row.items() if k != "shots"} for row in tasks[task]])
+        yield scored(f"4-way, 0 shots, {classes}", tasks[task], bare, None, 1 / 4, 0.0)
     for how in ("nearest", "random"):
-        said, truths, moved = both(with_pool_shots(tasks["Pool"], answerer.store, how))
-        yield scored(f"pool of 12, 4 {how} shots", said, truths, 1 / 12, 1 / 12, moved)
+        yield scored(f"pool of 12, 4 {how} shots", *both(with_pool_shots(tasks["Pool"], store, how)), 1 / 12, 1 / 12)
 
 
-def table(results: list[Score]) -> str:
+def table(results: list[dict], head: str, line: str) -> str:
+    """`line` is filled from a result; score, interval and what stands beside them follow."""
     def cell(value):
         return "   -  " if value is None else f"{value:6.3f}"
-    lines = [f"{'task':36s} {'items':>6s} {'score':>7s}  {'[95 %]':14s} {'chance':>7s} {'blind':>7s} {'swapped':>8s}"]
-    lines += [f"{s.name:36s} {s.items:6d}  {cell(s.score)}  [{s.low:.3f}, {s.high:.3f}]  {cell(s.chance)}  {cell(s.blind)}   "
-              f"{cell(s.swapped)}" for s in results]
+    beside = {name: width for name, width in (("chance", 8), ("blind", 8), ("swapped", 9)) if name in results[0]}
+    lines = [f"{head} {'score':>7s}  {'[95 %]':14s}" + "".join(f"{name:>{width}s}" for name, width in beside.items())]
+    lines += [f"{line.format(**r)}  {cell(r['score'])}  [{r['low']:.3f}, {r['high']:.3f}]"
+              + "".join(f"{cell(r[name]):>{width}s}" for name, width in beside.items()) for r in results]
     return "\n".join(lines)
 
 
-def transcript(answerer: Answerer, test: list[dict]) -> str:
+def transcript(ask: Ask, test: list[dict]) -> str:
     """One dialogue, in which the model's own answers stand, and one few-shot episode, beside the right answers."""
     row = next(r for r in test if r["task"] == "Dialogue" and len(r["turns"]) >= 3)
     turns, lines = [], [f"A dialogue about {row['audio']} ({row['description']}):"]
     for turn in row["turns"]:
-        answer = answerer.answer([{**row, "turns": [*turns, {**turn, "assistant": ""}]}])[0]
+        answer = ask([{**row, "turns": [*turns, {**turn, "assistant": ""}]}])[0]
         turns.append({"user": turn["user"], "assistant": answer or "?"})
         lines.append(f"    {turn['user']:34s} {answer:12s} (right: {turn['assistant']})")
     row = next(r for r in test if r["task"] == "FewShotUnseen")
     lines.append("A few-shot episode, made-up words for sounds that no stage of training has heard:")
     lines += [f"    {s['audio']:34s} {s['answer']}" for s in row["shots"]]
-    lines.append(f"    {row['audio']:34s} {answerer.answer([row])[0]:12s} (right: {row['answer']})")
+    lines.append(f"    {row['audio']:34s} {ask([row])[0]:12s} (right: {row['answer']})")
     return "\n".join(lines)

@@ -204,11 +204,11 @@ def test_tags_get_f1_and_average_precision():
 def test_the_embedded_sets_table_has_its_rows_and_goes_on_where_it_stopped(scenes_data, model, micro_config, tokenizer, tmp_path, capsys, monkeypatch):
     checkpoint.save_run(tmp_path / "run", model, micro_config, tokenizer, {})
     results = evaluate.report(tmp_path / "run", [(scenes_data, 1.0)], items=4)
-    assert [r.name for r in results] == [
+    assert [r["name"] for r in results] == [
         "caption: event F1", "caption: all events in order", *(name for name, _ in scores.QUESTION_SCORES.values()), "dialogue, turns 2 to 4",
         "4-way, 4 shots, classes seen", "4-way, 0 shots, classes seen", "4-way, 4 shots, classes never seen",
         "4-way, 0 shots, classes never seen", "pool of 12, 4 nearest shots", "pool of 12, 4 random shots"]
-    assert all(r.low <= r.score <= r.high <= 1 for r in results)
+    assert all(r["low"] <= r["score"] <= r["high"] <= 1 for r in results)
     path = tmp_path / "run" / f"predictions-{scenes_data.name}-test-table.jsonl"
     whole, asked, batch = path.read_text(), [], Answerer.batch
     monkeypatch.setattr(Answerer, "batch", lambda self, rows: asked.append(len(rows)) or batch(self, rows))
@@ -218,7 +218,7 @@ def test_the_embedded_sets_table_has_its_rows_and_goes_on_where_it_stopped(scene
         assert evaluate.report(tmp_path / "run", [(scenes_data, 1.0)], items=4) == results
         assert sum(asked) == whole.count("\n") - kept, "an interrupted table asks what is left, a finished one nothing"
         assert sorted(path.read_text().splitlines()) == sorted(whole.splitlines())
-    assert (tmp_path / "run/report.png").exists() and json.loads((tmp_path / "run/scores.json").read_text())[0]["name"] == results[0].name
+    assert (tmp_path / "run/report.png").exists() and json.loads((tmp_path / "run/scores.json").read_text()) == results
     assert "swapped" in capsys.readouterr().out
 
 
@@ -232,12 +232,13 @@ def test_every_item_is_swapped_with_another_recording():
 
 
 def test_a_row_of_the_embedded_table_is_what_its_answers_make_it():
-    said, truths = ["bell then dog", "dog", "horn", "horn"] * 50, ["dog then bell", "dog", "bell", "horn"] * 50
-    score = scores.scored("x", said, truths, 0.25, ["dog"] * 200, ["horn"] * 200)
-    assert (score.items, score.score, score.chance, score.blind, score.swapped) == (200, 0.5, 0.25, 0.25, 0.25)
-    assert (score.low, score.high) == pytest.approx((0.5 - 1.96 * (0.25 / 200) ** 0.5, 0.5 + 1.96 * (0.25 / 200) ** 0.5), abs=0.01)
-    events = scores.scored("x", said, truths, None, 0.0, of=scores.by_events)
-    assert events.score == pytest.approx(0.8) and events.low < 0.8 < events.high and events.blind == 0 and events.swapped is None
+    said, rows = ["bell then dog", "dog", "horn", "horn"] * 50, [{"answer": a} for a in ["dog then bell", "dog", "bell", "horn"] * 50]
+    score = scores.scored("x", rows, said, ["horn"] * 200, 0.25, ["dog"] * 200)
+    low, high = score.pop("low"), score.pop("high")
+    assert score == {"name": "x", "items": 200, "score": 0.5, "chance": 0.25, "blind": 0.25, "swapped": 0.25}
+    assert (low, high) == pytest.approx((0.5 - 1.96 * (0.25 / 200) ** 0.5, 0.5 + 1.96 * (0.25 / 200) ** 0.5), abs=0.01)
+    events = scores.scored("x", rows, said, None, None, 0.0, scores.by_events)
+    assert events["score"] == pytest.approx(0.8) and events["low"] < 0.8 < events["high"] and events["blind"] == 0 and events["swapped"] is None
 
 
 @pytest.mark.parametrize("flags, says", [
