@@ -34,6 +34,7 @@ from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model
 from . import config as settings
 from .cli import UserError
 from .config import Config
+from .manifest import whole_lines
 from .pretrained_text import IDS_FILE, PublishedTokenizer
 from .text import Tokenizer
 
@@ -227,17 +228,13 @@ def forget(run: Path, but_weights: bool) -> None:
 
 def cut_log(run: Path, stages: tuple[str, ...], state: dict) -> None:
     """Leave in log.jsonl what lies before the checkpoint: steps after it are done again, and a kill may leave half a line."""
-    reached, kept = (stages.index(state["stage"]), state["step"]), ""
-    for line in (run / "log.jsonl").read_text().splitlines(keepends=True) if (run / "log.jsonl").exists() else []:
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            break
+    reached, kept = (stages.index(state["stage"]), state["step"]), 0
+    for entry, end in whole_lines(run / "log.jsonl"):
         if (stages.index(entry["stage"]), entry["step"]) >= reached:
             break
-        kept += line
-    (run / "log.jsonl.partial").write_text(kept)
-    os.replace(run / "log.jsonl.partial", run / "log.jsonl")
+        kept = end
+    with open(run / "log.jsonl", "ab") as log:
+        log.truncate(kept)
 
 
 def find_checkpoint(run: Path, stages: tuple[str, ...], warn: bool = True) -> tuple[Path, dict] | None:

@@ -84,6 +84,20 @@ def _row(line: str, where: str) -> dict:
     return {**row, "start": float(row.get("start", 0.0))}
 
 
+def whole_lines(path: Path) -> Iterator[tuple[dict, int]]:
+    """JSON objects of a file that grows line by line, each with the byte where its line ends, up to one that is cut off or none."""
+    end = 0
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            return
+        if not (isinstance(entry, dict) and line.endswith(b"\n")):
+            return
+        end += len(line)
+        yield entry, end
+
+
 def text(value) -> bool:
     return isinstance(value, str) and bool(value.strip()) and (value.isascii() or not HALF_LETTER.search(value))
 

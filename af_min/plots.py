@@ -9,7 +9,6 @@ Colours are the colour-blind-safe set of Okabe and Ito; heat maps are viridis an
 """
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import matplotlib
@@ -134,11 +133,7 @@ def draw_attention(axes, c: AudioConfig, spoken: list[str], share: np.ndarray, t
 def draw_losses(axes, log: Path) -> None:
     """Loss curves of all stages one after the other; a step that was run again after a resume counts once."""
     curves: dict[str, dict[int, float]] = {}
-    for line in log.read_text().splitlines() if log.exists() else []:
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:                       # the last line of an interrupted run
-            continue
+    for entry, _ in manifest.whole_lines(log):
         curves.setdefault(entry["stage"], {})[entry["step"]] = entry["loss"]
     first = 0
     for (stage, losses), colour in zip(curves.items(), COLOURS):

@@ -8,6 +8,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from .answering import Answerer
+from .manifest import whole_lines
 
 
 def listed(prompt: str) -> list[str]:
@@ -23,21 +24,13 @@ class Predictions:
     """
 
     def __init__(self, path: Path, header: dict):
-        self.path, self.said, whole, lines = path, {}, 0, []
-        if path.exists():
-            lines = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
-        for number, line in enumerate(lines):
-            try:
-                entry = json.loads(line)
-            except ValueError:
+        self.path, self.said, whole = path, {}, 0
+        for entry, end in whole_lines(path):
+            if not ("id" in entry if whole else entry == header):
                 break
-            if not isinstance(entry, dict) or number and "id" not in entry:
-                break
-            if number == 0 and entry != header:
-                break
-            if number:
+            if whole:
                 self.said[tuple(entry["id"])] = entry
-            whole += len(line)
+            whole = end
         with open(path, "ab") as file:
             file.truncate(whole)
             if not whole:

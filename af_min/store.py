@@ -31,6 +31,7 @@ from . import audio
 from .clap import WindowEncoder
 from .cli import UserError, fcntl
 from .config import AudioConfig
+from .manifest import whole_lines
 
 Place = tuple[str, float]                          # file, second at which listening starts
 
@@ -82,15 +83,11 @@ class Shelf:
         """Note what is stored; returns how many bytes of the index are whole."""
         held = self.vectors.stat().st_size // (2 * self.width) if self.vectors.exists() else 0
         self.entries, whole = {}, 0
-        for line in self.index.read_bytes().splitlines(keepends=True) if self.index.exists() else []:
-            try:
-                entry = json.loads(line)
-            except ValueError:
-                break
-            if not line.endswith(b"\n") or entry["first"] + entry["count"] > held:
+        for entry, end in whole_lines(self.index):
+            if entry["first"] + entry["count"] > held:
                 break
             self.entries[entry["key"]] = (entry["first"], entry["count"])
-            whole += len(line)
+            whole = end
         return whole
 
     def map(self) -> np.ndarray:
