@@ -96,8 +96,7 @@ def prepare(args: Args, world: World) -> None:
 
 def training_of(run: Path) -> dict:
     """The flags that a run was trained with; {} if there is no such run, or if it was converted (pretrained.py), not trained."""
-    values = checkpoint.read_json(run / "config.json") if (run / "config.json").exists() else {}
-    return values.get("training", {}).get("args", {}) if isinstance(values, dict) else {}
+    return checkpoint.read_json(run / "config.json", optional=True).get("training", {}).get("args", {})
 
 
 def with_defaults(args: Args) -> Args:

@@ -35,7 +35,7 @@ from . import config as settings
 from .cli import UserError
 from .config import Config
 from .manifest import whole_lines
-from .pretrained_text import IDS_FILE, PublishedTokenizer
+from .pretrained_text import IDS_FILE, PublishedTokenizer, read_json
 from .text import Tokenizer
 
 
@@ -59,15 +59,6 @@ def write_json(path: Path, value) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(value, indent=2) + "\n")
     os.replace(partial, path)
-
-
-def read_json(path: Path) -> dict:
-    try:
-        return json.loads(Path(path).read_text())
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); is this a run folder made by train.py?") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -113,7 +104,7 @@ def load_tokenizer(run: Path) -> Tokenizer | PublishedTokenizer:
 def load_config(run: Path) -> Config:
     path = Path(run) / "config.json"
     values = read_json(path)
-    if not isinstance(values, dict) or "model" not in values:
+    if "model" not in values:
         raise UserError(f'{path}: expected the dimensions of a model under "model"; is this a run folder made by train.py?')
     return settings.from_dict(Config, values["model"], str(path))
 
@@ -245,7 +236,7 @@ def find_checkpoint(run: Path, stages: tuple[str, ...], warn: bool = True) -> tu
             continue
         try:
             state = read_json(path / "state.json")
-            if not isinstance(state, dict) or state.get("stage") not in stages or not isinstance(state.get("step"), int):
+            if state.get("stage") not in stages or not isinstance(state.get("step"), int):
                 raise UserError(f"{path / 'state.json'}: got {state}, expected a stage and a step")
             for name, digest in state.pop("sha256", {}).items():
                 if not (path / name).exists() or sha256(path / name) != digest:

@@ -130,7 +130,7 @@ def family(args: Args, seed: int, single: Path, dialogues: Path) -> Iterator[tup
 def measured(args: Args, run: Path, folder: Path, wanted: set[str]) -> dict[str, float]:
     """The wanted measures of a run, from its claims.json where they stand for these items."""
     path = run / "claims.json"
-    found = checkpoint.read_json(path) if path.exists() else {}
+    found = checkpoint.read_json(path, optional=True)
     found = found["scores"] if found.get("items") == args.items else {}
     if wanted <= set(found):
         return found

@@ -17,6 +17,9 @@ from dataclasses import dataclass, field
 from .cli import UserError
 
 
+IGNORE = -100                        # label of a position that is not supervised
+
+
 @dataclass(frozen=True)
 class AudioConfig:
     """Waveform -> windows -> log-mel (paper section 3.1 i: 7 s windows, 75 % overlap, at most 16 of them)."""

@@ -70,6 +70,12 @@ def recordings(rows: list[dict]) -> list[tuple[str, float]]:
     return [(p["audio"], p.get("start", 0.0)) for p in parts if p.get("audio")]
 
 
+def padded(texts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids -> ids (B, T), 0 behind each text, and 1 where a token is real (B, T)."""
+    return tuple(torch.nn.utils.rnn.pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], batch_first=True)
+                 for rows in (texts, [[1] * len(ids) for ids in texts]))
+
+
 @dataclass
 class Batch:
     ids_BT: torch.Tensor

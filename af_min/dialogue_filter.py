@@ -27,6 +27,7 @@ from . import checkpoint, cli, manifest
 from .clap import TextTower
 from .cli import UserError, flag
 from .config import Config
+from .data import padded
 from .scores import swapped
 from .store import Store
 
@@ -55,10 +56,7 @@ def read(tower: TextTower, tokenizer, texts: list[str], batch: int = 256) -> np.
     """Texts -> vectors (N, D) of length 1."""
     out = []
     for first in range(0, len(texts), batch):
-        ids = [tokenizer.encode(text.lower()) for text in texts[first:first + batch]]
-        longest = max(map(len, ids))
-        ids_BT = torch.tensor([i + [0] * (longest - len(i)) for i in ids])
-        mask_BT = torch.tensor([[1] * len(i) + [0] * (longest - len(i)) for i in ids])
+        ids_BT, mask_BT = padded([tokenizer.encode(text.lower()) for text in texts[first:first + batch]])
         out.append(normalize(tower(ids_BT, mask_BT), dim=-1).numpy())
     return np.concatenate(out)
 

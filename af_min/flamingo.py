@@ -20,13 +20,12 @@ from torch import nn
 
 from .clap import WindowEncoder
 from .cli import UserError
-from .config import Config
+from .config import IGNORE, Config
 from .decoding import reader
 from .lm import LM, KVCache
 from .representation import Representation, packed
 from .xattn import GatedCrossAttention, audio_number, keys_values_at_once, visible_windows
 
-IGNORE = -100  # label of a position that is not supervised
 LEAST = 1e-30  # least temperature and top-p, and 1 / LEAST the largest temperature, that `draw` uses: beyond, float32 would round to 0 or inf
 
 

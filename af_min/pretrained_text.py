@@ -117,10 +117,12 @@ class SentencePiece:
         return self.model
 
 
-def read_json(path: Path) -> dict:
-    """A JSON object; {} if the file does not exist."""
+def read_json(path: Path, optional: bool = False) -> dict:
+    """A JSON object; {} for an optional file that does not exist."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        values = {} if optional and not path.is_file() else json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); is this a run folder made by train.py?") from None
     except ValueError as error:
         raise UserError(f"{path}: not JSON ({error})") from None
     if not isinstance(values, dict):
@@ -136,7 +138,7 @@ def open_vocabulary(folder: Path, special: list[str]) -> BPE | SentencePiece:
         raise UserError(f"{folder}: no tokenizer: found {found}; expected tokenizer.json, or vocab.json with "
                         "merges.txt, or tokenizer.model")
     path = folder / layout[0]
-    if layout[0] == "vocab.json" and read_json(folder / "config.json").get("model_type", "opt") != "opt":
+    if layout[0] == "vocab.json" and read_json(folder / "config.json", True).get("model_type", "opt") != "opt":
         raise UserError(f"{path}: this family splits words by a rule of its own; expected its tokenizer.json in {folder}")
     try:
         if layout[0] == "tokenizer.model":
@@ -151,7 +153,7 @@ def open_vocabulary(folder: Path, special: list[str]) -> BPE | SentencePiece:
         raise
     except Exception as error:  # both packages raise bare exceptions
         raise UserError(f"{path}: not a usable vocabulary ({str(error).strip()[:150]})") from None
-    spaced = bool(read_json(folder / "tokenizer_config.json").get("add_prefix_space"))
+    spaced = bool(read_json(folder / "tokenizer_config.json", True).get("add_prefix_space"))
     engine.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=spaced)
     engine.decoder = tokenizers.decoders.ByteLevel()
     return BPE(engine)
@@ -162,8 +164,8 @@ def published_tokenizer(folder: Path) -> PublishedTokenizer:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; expected that of a Hugging Face language model")
-    config = read_json(folder / "config.json")
-    named = {**read_json(folder / "special_tokens_map.json"), **read_json(folder / "tokenizer_config.json")}
+    config = read_json(folder / "config.json", optional=True)
+    named = {**read_json(folder / "special_tokens_map.json", True), **read_json(folder / "tokenizer_config.json", True)}
 
     def content(role: str) -> str | None:
         value = named.get(f"{role}_token")

@@ -116,22 +116,20 @@ class ClapStage:
         labels = {answer: i for i, answer in enumerate(sorted({r["answer"] for r in rows}))}
         label_B = torch.tensor([labels[r["answer"]] for r in rows], device=world.device)
         mine = slice(world.rank * len(rows) // world.size, (world.rank + 1) * len(rows) // world.size)
-        longest = max(map(len, ids))
-        ids_BT = torch.tensor([i + [0] * (longest - len(i)) for i in ids[mine]], device=world.device)
-        mask_BT = torch.tensor([[1] * len(i) + [0] * (longest - len(i)) for i in ids[mine]], device=world.device)
+        ids_BT, mask_BT = data.padded(ids)
 
         def loss():
             e = self.everything
             with half_precision(world.device, self.float32):
                 heard = e.model.encoder(self.windows(rows[mine]).to(world.device)).float()
-                read = e.text_tower(ids_BT, mask_BT).float()
+                read = e.text_tower(ids_BT[mine].to(world.device), mask_BT[mine].to(world.device)).float()
             if world.size > 1:
                 from torch.distributed.nn.functional import all_gather
                 heard, read = torch.cat(all_gather(heard)), torch.cat(all_gather(read))
             value = contrastive_loss(heard, read, e.log_scale.clamp(max=math.log(100)), label_B) / world.size
             return value, value.detach()[None]
         names = [f"{r['audio']} from {r['start']:g} s" for r in rows[mine]]
-        return Step([(names, loss)], [1], len(rows), sum(map(len, ids)), longest * len(ids))
+        return Step([(names, loss)], [1], len(rows), sum(map(len, ids)), ids_BT.numel())
 
 
 class TextStage:

@@ -21,8 +21,7 @@ from pathlib import Path
 import sentencepiece
 
 from .cli import UserError
-
-IGNORE = -100                        # label of a position that is not supervised
+from .config import IGNORE
 
 PREFIXES = {                         # the paper's {task description}; training, evaluation and sample.py read this one table
     "AudioCaptioning": "The task is audio captioning. ",
