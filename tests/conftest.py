@@ -5,13 +5,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")        # before torch is imported:
 os.environ.setdefault("MKL_NUM_THREADS", "1")
 
 import dataclasses
+import sys
 
+import numpy as np
 import pytest
 import torch
 
 import micro
 import training
-from af_min import engine, manifest, scenes
+from af_min import cli, engine, manifest, scenes
 from af_min.text import Tokenizer
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
@@ -57,6 +59,35 @@ def shake(module: torch.nn.Module, seed: int = 0, scale: float = 0.15) -> torch.
             middle = parameter.mean() if parameter.ndim < 2 else 0.0           # gains stay about 1, biases about 0, gates open
             parameter.copy_(middle + scale * torch.randn(parameter.shape, generator=generator))
     return module.eval()
+
+
+def array(tensor):
+    return tensor.detach().double().numpy()
+
+
+def layer_norm(x, norm, eps=1e-5):
+    """In float64, by hand."""
+    centred = x - x.mean(-1, keepdims=True)
+    return centred / np.sqrt((centred ** 2).mean(-1, keepdims=True) + eps) * array(norm.weight) + array(norm.bias)
+
+
+def rows_of(out) -> list[dict]:
+    """Of a prepared data set, each with its split."""
+    return [row | {"split": split} for split in manifest.SPLITS for row in manifest.read_rows(out / f"{split}.jsonl")]
+
+
+@pytest.fixture
+def run_command(monkeypatch, capsys):
+    """A command inside this process: run_command(main, *flags) -> (exit code, standard output, standard error)."""
+    def run(main, *flags):
+        monkeypatch.setattr(sys, "argv", ["x.py", *map(str, flags)])
+        code = 0
+        try:
+            cli.run(main)
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ import published
 import real_sounds
 from af_min import audio, audio_files, data, datasets, download, evaluate, manifest, retrieval
 from af_min.cli import UserError
+from conftest import rows_of
 from local_server import serve, split_zip
 from test_download import make_7z, make_tar, make_zip
 from training import TRAIN, run_main
@@ -108,10 +109,6 @@ def prepared(tmp_path_factory):
                 state.cut = [100, 200]
                 found[name] = folder / "data" / name, datasets.prepare(name, folder / "data" / name, source, address, sample_rate=RATE)
     return found
-
-
-def rows_of(out) -> list[dict]:
-    return [row | {"split": split} for split in manifest.SPLITS for row in manifest.read_rows(out / f"{split}.jsonl")]
 
 
 @pytest.mark.parametrize("name", datasets.TABLE)

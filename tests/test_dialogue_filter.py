@@ -1,12 +1,10 @@
 """dialogue_filter.py: turns below the threshold go, and what is similar is said by the text tower alone."""
-import sys
-
 import numpy as np
 import pytest
 import soundfile
 import torch
 
-from af_min import checkpoint, cli, dialogue_filter, manifest
+from af_min import checkpoint, dialogue_filter, manifest
 from af_min.clap import TextTower
 from af_min.flamingo import AudioFlamingo
 from af_min.store import Store
@@ -36,14 +34,10 @@ def place(tmp_path, tokenizer, micro_config):
 
 
 @pytest.fixture
-def command(place, monkeypatch, capsys):
+def command(place, run_command):
     def run(*flags):
-        monkeypatch.setattr(sys, "argv", ["x", "--run", str(place[0] / "run"), "--data", str(place[0] / "data"), *flags])
-        try:
-            cli.run(dialogue_filter.main)
-        except SystemExit:
-            pass
-        return capsys.readouterr(), manifest.read_rows(place[0] / "data/train.jsonl")
+        _, *said = run_command(dialogue_filter.main, "--run", place[0] / "run", "--data", place[0] / "data", *flags)
+        return said, manifest.read_rows(place[0] / "data/train.jsonl")
     return run
 
 

@@ -1,13 +1,12 @@
 """evaluate.py: what the table says follows from the answers in the file; interrupted or not, batched or not."""
 import json
-import sys
 
 import numpy as np
 import pytest
 import soundfile
 import torch
 
-from af_min import answering, checkpoint, cli, evaluate, manifest, metrics, scores
+from af_min import answering, checkpoint, evaluate, manifest, metrics, scores
 from af_min.answering import Answerer
 from af_min.flamingo import AudioFlamingo
 from af_min.store import Store
@@ -49,19 +48,13 @@ def place(tmp_path_factory, model, micro_config, tokenizer):
 
 
 @pytest.fixture
-def command(place, monkeypatch, capsys):
+def command(place, monkeypatch, run_command):
     def run(*flags):
         for path in (place / "runs/r").glob("predictions*" if "--fresh" in flags else "nothing"):
             path.unlink()
         monkeypatch.chdir(place)
-        monkeypatch.setattr(sys, "argv", ["evaluate", "--run", "runs/r", "--dataset", "mixed", "--device", "cpu", "--max-new", "6",
-                                          *[f for f in flags if f != "--fresh"]])
-        code = 0
-        try:
-            cli.run(evaluate.main)
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
+        return run_command(evaluate.main, "--run", "runs/r", "--dataset", "mixed", "--device", "cpu", "--max-new", "6",
+                           *[f for f in flags if f != "--fresh"])
     return run
 
 

@@ -12,6 +12,7 @@ import soundfile
 from af_min import cli, manifest
 from af_min.cli import UserError
 from af_min.folder import import_folder, walk
+from conftest import rows_of
 
 RATE = 16_000
 
@@ -25,10 +26,6 @@ def sound(path, seed: int, rate: int = RATE, seconds: float = 0.2, channels: int
 
 def csv(folder, text: str, encoding: str = "utf-8", name: str = "labels.csv"):
     (folder / name).write_bytes(text.encode(encoding))
-
-
-def rows_of(out) -> list[dict]:
-    return [row | {"split": split} for split in manifest.SPLITS for row in manifest.read_rows(out / f"{split}.jsonl")]
 
 
 @pytest.fixture

@@ -10,19 +10,10 @@ from af_min.cli import UserError
 from af_min.config import RepresentationConfig
 from af_min.flamingo import AudioFlamingo
 from af_min.representation import Representation, packed, sinusoid_table
-from conftest import shake
+from conftest import array, layer_norm, shake
 
 WIDTH, MAX_WINDOWS = 12, 6
 CONFIG = RepresentationConfig(layers=3, heads=4, inner=20, max_audios=3)
-
-
-def array(tensor):
-    return tensor.detach().double().numpy()
-
-
-def layer_norm(x, norm):
-    centred = x - x.mean(-1, keepdims=True)
-    return centred / np.sqrt((centred ** 2).mean(-1, keepdims=True) + 1e-6) * array(norm.weight) + array(norm.bias)
 
 
 def position_row(position, width):
@@ -33,7 +24,7 @@ def by_formula(module, windows_WD, positions, real=None):
     """y0 = LN(sqrt(D) x + pos); then LN(MHA(y) + y) and LN(W2 relu(W1 a) + a) a layer. `real`: windows that are keys (None: all)."""
     x = np.asarray(windows_WD, np.float64)
     width = x.shape[1]
-    y = layer_norm(math.sqrt(width) * x + np.array([position_row(p, width) for p in positions]), module.norm)
+    y = layer_norm(math.sqrt(width) * x + np.array([position_row(p, width) for p in positions]), module.norm, 1e-6)
     for attend, feed_forward in module.layers:
         q, k, v = (y @ array(linear.weight).T for linear in (attend.q, attend.k, attend.v))
         size, heads = width // attend.heads, []
@@ -44,9 +35,9 @@ def by_formula(module, windows_WD, positions, real=None):
                 scores[:, ~real] = -np.inf
             weights = np.exp(scores - scores.max(-1, keepdims=True))
             heads.append(weights / weights.sum(-1, keepdims=True) @ v[:, part])
-        a = layer_norm(np.concatenate(heads, 1) @ array(attend.out.weight).T + y, attend.norm)
+        a = layer_norm(np.concatenate(heads, 1) @ array(attend.out.weight).T + y, attend.norm, 1e-6)
         inner = np.maximum(a @ array(feed_forward.up.weight).T + array(feed_forward.up.bias), 0)
-        y = layer_norm(inner @ array(feed_forward.down.weight).T + array(feed_forward.down.bias) + a, feed_forward.norm)
+        y = layer_norm(inner @ array(feed_forward.down.weight).T + array(feed_forward.down.bias) + a, feed_forward.norm, 1e-6)
     return y
 
 
@@ -165,7 +156,7 @@ def test_a_new_model_hears_what_its_encoder_heard():
     width = 128
     module, heard = Representation(dataclasses.replace(CONFIG, inner=256), width, 20), windows(8, 20, width)
     place = np.array([position_row(p, width) for p in range(20)])
-    expected = np.stack([layer_norm(math.sqrt(width) * array(x) + place, module.norm) for x in heard])
+    expected = np.stack([layer_norm(math.sqrt(width) * array(x) + place, module.norm, 1e-6) for x in heard])
 
     def changed():
         return np.linalg.norm(array(module(heard)) - expected) / np.linalg.norm(expected)

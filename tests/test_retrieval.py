@@ -1,14 +1,13 @@
 """retrieval.py: the nearest recordings by exact cosine, never the recording itself."""
 import json
 import shutil
-import sys
 
 import numpy as np
 import pytest
 import soundfile
 import torch
 
-from af_min import checkpoint, cli, manifest, retrieval
+from af_min import checkpoint, manifest, retrieval
 from af_min.cli import UserError
 from af_min.flamingo import AudioFlamingo
 from af_min.retrieval import Library, answers_task, hear, nearest, pooled
@@ -182,7 +181,7 @@ def test_nothing_of_the_questions_own_group_is_a_shot(model, folder, tmp_path):
 # ---------------------------------------------------------------------- interleaved rows
 
 @pytest.fixture
-def command(model, folder, tokenizer, micro_config, tmp_path, monkeypatch, capsys):
+def command(model, folder, tokenizer, micro_config, tmp_path, run_command):
     """`python -m af_min.retrieval FLAGS` on a copy of the data set that also holds a second cut and a copy of recording 3."""
     data = tmp_path / "tones"
     shutil.copytree(folder, data, ignore=shutil.ignore_patterns("embeddings"))
@@ -193,12 +192,8 @@ def command(model, folder, tokenizer, micro_config, tmp_path, monkeypatch, capsy
     checkpoint.save_run(tmp_path / "run", model, micro_config, tokenizer, {})
 
     def run(*flags):
-        monkeypatch.setattr(sys, "argv", ["retrieval.py", "--run", str(tmp_path / "run"), "--data", str(data), *flags])
-        try:
-            cli.run(retrieval.main)
-        except SystemExit:
-            pass
-        return manifest.read_rows(data / "train.jsonl"), data, capsys.readouterr()
+        _, *said = run_command(retrieval.main, "--run", tmp_path / "run", "--data", data, *flags)
+        return manifest.read_rows(data / "train.jsonl"), data, said
     return run
 
 
@@ -235,9 +230,9 @@ def test_a_second_call_replaces_the_rows_of_the_first(command):
     few, _, _ = command("--shots", "2", "--rows", "5", "--shots-from", "random")
     assert len(few) == 34 + 5
     embedded, data, said = command("--shots", "0")
-    assert embedded == few and "of 9 recordings" in said.out, "eight recordings and another cut of one; a copy is no further one"
+    assert embedded == few and "of 9 recordings" in said[0], "eight recordings and another cut of one; a copy is no further one"
     unchanged, _, said = command("--shots", "9")
-    assert unchanged == few and "--shots 9: this model takes 9 audios" in said.err and "Traceback" not in said.err
+    assert unchanged == few and "--shots 9: this model takes 9 audios" in said[1] and "Traceback" not in said[1]
 
 
 def test_two_processes_share_the_encoding_and_write_what_one_writes(command, tmp_path):

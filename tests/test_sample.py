@@ -14,7 +14,7 @@ import soundfile
 import torch
 
 import sample
-from af_min import answering, audio, checkpoint, cli, data, manifest, text
+from af_min import answering, audio, checkpoint, data, manifest, text
 from af_min.cli import UserError
 from af_min.flamingo import AudioFlamingo, Sampling
 from af_min.retrieval import hear
@@ -62,19 +62,13 @@ def place(tmp_path_factory, model, config, tokenizer):
 
 
 @pytest.fixture
-def command(place, monkeypatch, capsys):
-    """Runs sample.py in the folder -> (exit code, standard output, standard error)."""
+def command(place, monkeypatch, run_command):
+    """Runs sample.py in the folder."""
     monkeypatch.chdir(place)
 
     def run(*argv, stdin=""):
-        monkeypatch.setattr(sys, "argv", ["sample.py", "--run", "run", "--device", "cpu", *argv])
         monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        code = 0
-        try:
-            cli.run(sample.main)
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
+        return run_command(sample.main, "--run", "run", "--device", "cpu", *argv)
     return run
 
 

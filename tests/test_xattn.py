@@ -8,7 +8,7 @@ import torch
 
 from af_min.config import XattnConfig
 from af_min.xattn import OWN_AUDIO_LOGIT, GatedCrossAttention, audio_number, visible_windows
-from conftest import shake
+from conftest import array, layer_norm, shake
 
 A, t = 9, 1             # ids: <audio>, and any text
 
@@ -59,15 +59,6 @@ SAMPLES = [  # ids, windows of each audio: three audios, one, none
     ([t, t, A, t, A, A, t], [2, 3, 1]),
     ([A, t, t, t, t, t, t], [4, 0, 0]),
     ([t, t, t, t, t, t, t], [0, 0, 0])]
-
-
-def array(tensor):
-    return tensor.detach().double().numpy()
-
-
-def layer_norm(x, norm):
-    centred = x - x.mean(-1, keepdims=True)
-    return centred / np.sqrt((centred ** 2).mean(-1, keepdims=True) + 1e-5) * array(norm.weight) + array(norm.bias)
 
 
 def gelu(x):
