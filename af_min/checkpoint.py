@@ -115,7 +115,7 @@ def save_run(run: Path, model: nn.Module, config: Config, tokenizer: Tokenizer, 
     write_tensors(run / "model.safetensors", model.state_dict())
 
 
-def load_run(run: Path, device="cpu", dtype: torch.dtype = torch.float32):
+def load_run(run: Path, device="cpu"):
     """-> (AudioFlamingo in eval mode, Tokenizer). UserError names the file that is missing or damaged."""
     from .flamingo import AudioFlamingo
     run = Path(run)
@@ -127,7 +127,7 @@ def load_run(run: Path, device="cpu", dtype: torch.dtype = torch.float32):
         model, tokenizer = open_run(run)
         return model.to(device), tokenizer
     config = load_config(run)
-    model = AudioFlamingo(config).to(device, dtype)
+    model = AudioFlamingo(config).to(device)
     load_strictly(model, read_tensors(run / "model.safetensors", device), run / "model.safetensors")
     return model.eval(), load_tokenizer(run)
 

@@ -172,9 +172,8 @@ class AudioFlamingo(nn.Module):
 
     def start(self, audio: Audio, max_length: int) -> State:
         """State of empty texts, of at most `max_length` tokens each, about `audio`."""
-        batch, weight = len(audio.n_windows_BN), self.lm.embed.weight
-        return State(audio, self.lm.new_cache(batch, max_length, dtype=weight.dtype, device=weight.device),
-                     torch.zeros(batch, dtype=torch.long, device=weight.device))
+        cache = self.lm.new_cache(len(audio.n_windows_BN), max_length)
+        return State(audio, cache, torch.zeros(len(cache.mask_BT), dtype=torch.long, device=cache.mask_BT.device))
 
     @torch.no_grad()
     def read(self, ids_BT: torch.Tensor, state: State, mask_BT: torch.Tensor | None = None) -> torch.Tensor:

@@ -200,14 +200,12 @@ class LM(nn.Module):
                 half = layer.attention.q.weight.shape[0] // 2
                 layer.attention.k.weight[:half] = layer.attention.q.weight[:half]
 
-    def new_cache(self, batch: int, max_length: int, dtype: torch.dtype | None = None, device=None) -> KVCache:
-        """An empty cache for `batch` rows of up to `max_length` tokens; dtype and device default to the weights' own."""
-        dtype, device = dtype or self.embed.weight.dtype, device or self.embed.weight.device
-        shape = (batch, self.config.kv_heads, max_length, self.config.head_dim)
-        k, v = ([torch.zeros(shape, dtype=dtype, device=device) for _ in self.layers] for _ in range(2))
-        recent = [torch.zeros(batch, self.config.conv - 1, self.config.width, dtype=dtype, device=device)
-                  for _ in self.layers if self.config.conv]
-        return KVCache(k, v, recent, torch.zeros(batch, max_length, dtype=torch.bool, device=device))
+    def new_cache(self, batch: int, max_length: int) -> KVCache:
+        """An empty cache for `batch` rows of up to `max_length` tokens, in the weights' dtype and on their device."""
+        zeros, c = self.embed.weight.new_zeros, self.config
+        k, v = ([zeros(batch, c.kv_heads, max_length, c.head_dim) for _ in self.layers] for _ in range(2))
+        recent = [zeros(batch, c.conv - 1, c.width) for _ in self.layers if c.conv]
+        return KVCache(k, v, recent, zeros(batch, max_length, dtype=torch.bool))
 
     def forward(self, ids_BT: Tensor, mask_BT: Tensor | None = None, cache: KVCache | None = None,
                 before_layer: Callable[[int, Tensor], Tensor] | None = None) -> Tensor:

@@ -116,17 +116,18 @@ class Writer:
     def rng(self, kind: str, index: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, *hashlib.sha256(kind.encode()).digest()[:8], index])
 
-    def save(self, name: str, wave: np.ndarray) -> str:
+    def save(self, name: str, wave: np.ndarray) -> dict:
+        """Write a recording -> the beginning of the rows about it."""
         file = io.BytesIO()                          # soundfile waits for the disk after every file that it writes itself
         soundfile.write(file, wave, RATE, format="WAV", subtype="PCM_16")
         (self.folder / "audio" / f"{name}.wav").write_bytes(file.getvalue())
-        return f"audio/{name}.wav"
+        return {"audio": f"audio/{name}.wav", "start": 0.0, "seconds": round(len(wave) / RATE, 3)}
 
 
 def scene_rows(writer: Writer, split: str, index: int) -> list[dict]:
     rng = writer.rng(f"{split}-scene", index)
     wave, events = compose([(n, CLASSES[n]) for n in draw_names(1 + index % 5, rng)], rng, LEAD)
-    head = {"audio": writer.save(f"{split}-{index:05d}", wave), "start": 0.0, "seconds": round(len(wave) / RATE, 3)}
+    head = writer.save(f"{split}-{index:05d}", wave)
     rows = []
     for task, (make, share, most) in QUESTIONS.items():
         if split != "train" and task == "CountOf":
@@ -157,8 +158,7 @@ def window_rows(head: dict, events: list[Event], count: int, rng: np.random.Gene
 def texture_rows(writer: Writer, index: int) -> list[dict]:
     rng = writer.rng("texture", index)
     wave, events = compose([("", random_patch(rng)) for _ in range(1 + index % 4)], rng)
-    head = {"audio": writer.save(f"texture-{index:05d}", wave), "start": 0.0, "seconds": round(len(wave) / RATE, 3)}
-    return window_rows(head, events, 4, rng)
+    return window_rows(writer.save(f"texture-{index:05d}", wave), events, 4, rng)
 
 
 def balanced(rows: list[dict], count: int, rng: np.random.Generator, even: bool) -> list[dict]:
@@ -178,8 +178,7 @@ def clip_row(writer: Writer, split: str, name: str, index: int) -> dict:
     rng = writer.rng(f"{split}-{name}", index)
     patch = CLASSES[name] if name in CLASSES else random_patch(writer.rng("kind", int(name.removeprefix("kind"))))
     wave, events = compose([(name if name in CLASSES else "", patch)], rng)
-    return {"audio": writer.save(f"{split}-{name}-{index:03d}", wave), "start": 0.0, "seconds": round(len(wave) / RATE, 3),
-            "description": description(events)}
+    return writer.save(f"{split}-{name}-{index:03d}", wave) | {"description": description(events)}
 
 
 def told_rows(writer: Writer, make: Callable, first: int, count: int) -> list[dict]:
