@@ -196,7 +196,7 @@ class Evaluation:
 def general(args: Args) -> list[dict]:
     """Score any prepared data set; print the table and what it was measured with; write scores-<data set>.json."""
     started = time.time()
-    evaluation = Evaluation(replace(args, device="cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"))
+    evaluation = Evaluation(args)
     conditions = [(k, choice) for k in args.shots or [0] for choice in (args.shots_from if k else [""])]
     results = [result for k, choice in conditions for result in evaluation.results(k, choice)]
     print(scores.table(results, f"{'task':20s} {'shots':10s} {'measure':16s} {'items':>6s} {'refs':>5s}",
@@ -210,10 +210,10 @@ def general(args: Args) -> list[dict]:
     return results
 
 
-def embedded(run: Path, folder: Path, items: int = 0) -> list[dict]:
+def embedded(run: Path, folder: Path, items: int, device: str) -> list[dict]:
     """The table of the README and two transcripts; writes scores.json."""
     started, (test, train) = time.time(), (manifest.read_rows(folder / f"{split}.jsonl") for split in ("test", "train"))
-    answerer = Answerer.open(run, folder, test, "encoding test split")
+    answerer = Answerer.open(run, folder, test, "encoding test split", device=device)
     path = run / f"predictions-{folder.name}-test-table.jsonl"
     ask = partial(remembered, answerer, Predictions(path, header(run, folder, "test", answerer.max_new)))
     results = list(tqdm(scores.scores(ask, answerer.store, test, train, items), "scoring", unit="task"))
@@ -224,14 +224,20 @@ def embedded(run: Path, folder: Path, items: int = 0) -> list[dict]:
     return results
 
 
+def on(device: str) -> str:
+    return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+
+
 def is_embedded(folder: Path) -> bool:
     return any(row["task"] == "FewShotSeen" for row in manifest.read_rows(folder / "test.jsonl"))
 
 
-def report(run: Path, folders, items: int = 0) -> list:
+def report(run: Path, folders, items: int = 0, device: str = "auto") -> list:
     """Score a run on the first data set's test split, print the table, draw report.png: what train.py ends with."""
     run, folder = Path(run), Path(folders[0][0])
-    results = embedded(run, folder, items) if is_embedded(folder) else general(Args(run=str(run), dataset=str(folder), items=items))
+    device = on(device)
+    results = embedded(run, folder, items, device) if is_embedded(folder) else \
+        general(Args(run=str(run), dataset=str(folder), items=items, device=device))
     from . import plots  # matplotlib is slow to import, and only this function draws
     plots.report(run, *checkpoint.load_run(run), folder)
     return results
@@ -251,9 +257,9 @@ def main() -> None:
         args = replace(args, dataset=f"data/{args.dataset}")
     folders = data.parse_data([args.dataset])
     if args.shots or args.options or args.split != "test" or not is_embedded(folders[0][0]):
-        general(args)
+        general(replace(args, device=on(args.device)))
     else:
-        report(Path(args.run), folders, args.items)
+        report(Path(args.run), folders, args.items, args.device)
 
 
 if __name__ == "__main__":
