@@ -243,7 +243,7 @@ class Trainer:
         if one after the other. `tiny` on two cores, a step of sft: 203 ms, not 245 (tests/bench_train.py --threads 2)."""
         threads = torch.get_num_threads()
         count = min(threads, len(step.parts)) if self.side_by_side else 1
-        if count == 1:
+        if count < 2:                                              # 0: a batch so small that nothing of it is this process's
             for i, (_, loss) in enumerate(step.parts):
                 if self.sharded:
                     self.everything.set_requires_gradient_sync(i + 1 == len(step.parts))          # one message per layer and step

@@ -45,3 +45,9 @@ def test_a_part_that_fails_is_told_and_leaves_the_threads_as_they_were():
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(1)
+
+
+def test_a_batch_so_small_that_a_process_has_nothing_of_it():
+    """One sample for two processes: the other one only adds up."""
+    trainer = engine.Trainer("lm", stages.Everything(micro.STILL), None, micro.STAGES["lm"], micro.flags(), engine.World(1, 2, torch.device("cpu")))
+    assert trainer.side_by_side and list(trainer.compute(Step([], [1], 1))) == []
