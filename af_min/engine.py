@@ -58,7 +58,7 @@ class World:
         if cuda:
             torch.cuda.set_device(device)
         else:
-            torch.set_num_threads(max(1, int(os.environ["OMP_NUM_THREADS"])))
+            torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads()))))
         if size > 1:
             # torchrun restarts processes but keeps its store, with the addresses of the dead ones: each attempt gets a prefix of its own.
             store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", next(dist.rendezvous("env://"))[0])

@@ -235,6 +235,15 @@ def test_a_second_call_replaces_the_rows_of_the_first(command):
     assert unchanged == few and "--shots 9: this model takes 9 audios" in said[1] and "Traceback" not in said[1]
 
 
+def test_torchrun_of_one_process_needs_no_number_of_threads(command, tmp_path, monkeypatch):
+    """It sets OMP_NUM_THREADS for two or more alone."""
+    _, data, _ = command("--shots", "0")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    code, printed = spawn(tmp_path, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 1, "-m", "--", "af_min.retrieval",
+                          "--run", tmp_path / "run", "--data", data, "--shots", 0)
+    assert code == 0, printed
+
+
 def test_two_processes_share_the_encoding_and_write_what_one_writes(command, tmp_path):
     """torchrun over the command itself; the embeddings that it leaves are all that one process needs."""
     alone, data, _ = command("--shots", "2")
