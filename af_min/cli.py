@@ -121,8 +121,8 @@ def return_freed_memory() -> None:
 
 
 def run(main) -> None:
-    """Call `main()`; a UserError, a full disk and a missing permission become one line and exit code 2, Ctrl-C exit code 130, a
-    closed pipe silence."""
+    """Call `main()`; a UserError, a full disk, a missing permission and the end of another process become one line and exit code 2,
+    Ctrl-C exit code 130, a closed pipe silence."""
     keep_freed_memory()
     try:
         main()
@@ -139,4 +139,9 @@ def run(main) -> None:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
             raise
         print(f"error: {error.filename or 'writing'}: {error.strerror}", file=sys.stderr)
+        sys.exit(2)
+    except RuntimeError as error:
+        if "closed by peer" not in str(error) and "reset by peer" not in str(error):                       # gloo's words
+            raise
+        print("error: another process of this run has ended; what it said tells why", file=sys.stderr)
         sys.exit(2)

@@ -8,7 +8,7 @@ import pytest
 from safetensors.torch import save_file
 
 import micro
-from af_min import checkpoint, config, manifest
+from af_min import checkpoint, cli, config, manifest
 from af_min.cli import UserError
 from af_min.config import TINY, Config
 from af_min.text import Tokenizer
@@ -101,6 +101,14 @@ def test_two_trainings_do_not_write_to_one_run(trained, scenes_data, capsys, fla
         said = mistake(capsys, TRAIN, trained[0].parents[1], "--preset", "micro", "--data", scenes_data, "--name", "whole", *flags)
         held.communicate(b"\n")
     assert "runs/whole: another process is writing there" in said and sorted(trained[0].rglob("*")) == before
+
+
+def test_a_mistake_that_one_process_meets_is_no_traceback_of_the_others(trained, scenes_data, tmp_path):
+    """Process 0 alone looks whether the run is free."""
+    with cli.alone(tmp_path / "runs" / "run", "-"):
+        code, printed = spawn(tmp_path, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, ROOT / "tests" / "micro.py",
+                              "--data", scenes_data, "--init", trained[0], "--stage", "sft", "--name", "run")
+    assert code == 1 and "runs/run: another process is writing there" in printed and "[rank1]" not in printed, printed
 
 
 def test_resuming_with_another_stage_is_a_mistake_that_is_explained(trained, scenes_data, capsys):
