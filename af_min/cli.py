@@ -17,8 +17,9 @@ from pathlib import Path
 
 try:
     import fcntl                                   # Linux and macOS
+    import resource
 except ImportError:
-    fcntl = None
+    fcntl = resource = None
 
 
 class UserError(ValueError):

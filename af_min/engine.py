@@ -15,7 +15,6 @@ import json
 import math
 import os
 import platform
-import resource
 import signal
 import sys
 import time
@@ -34,7 +33,7 @@ from tqdm import tqdm
 from kernels.linear import as_now
 
 from . import checkpoint
-from .cli import UserError
+from .cli import UserError, resource
 from .config import StageConfig
 from .muon import Muon
 from .stages import Everything, Step, in_half
@@ -159,9 +158,11 @@ class Stop:
 
 
 def peak_memory(device: torch.device) -> float:
-    """Most memory that this process has held since it began, in GB (of the GPU, if there is one)."""
+    """Most memory that this process has held since it began, in GB (of the GPU, if there is one); 0 where the system does not tell (Windows)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
+    if not resource:
+        return 0.0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
 
 

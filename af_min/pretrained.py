@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import resource
 import sys
 import time
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from . import cli
 from . import config as settings
 from .checkpoint import load_config, save_settings, write_tensors
 from .clap import WindowEncoder
-from .cli import UserError
+from .cli import UserError, resource
 from .config import Config
 from .flamingo import AudioFlamingo
 from .pretrained_clap import load_clap
@@ -217,7 +216,7 @@ def main(argv: list[str] | None = None) -> None:
     config, tokenizer, state = made
     write_run(out, config, tokenizer, state, {name: getattr(args, name) for name in ("audio_flamingo", "clap", "lm")})
     count, size = (sum(f(t) for t in state.values()) for f in (torch.Tensor.numel, lambda t: t.nbytes))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20) if resource else 0
     print(f"{args.out}: {count / 1e6:.1f} M numbers, {size / 2 ** 30:.2f} GiB ({kind}), vocabulary {tokenizer.vocab_size}; "
           f"{time.time() - began:.0f} s, peak memory {peak:.2f} GiB")
 

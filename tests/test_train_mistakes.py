@@ -154,6 +154,14 @@ def test_the_real_command_line_answers_a_mistake_with_one_line(tmp_path):
         assert code == 2 and printed.startswith("error: ") and printed.count("\n") == 1 and says in printed, printed
 
 
+def test_every_command_starts_where_modules_of_unix_are_missing(tmp_path):
+    """On Windows there is no fcntl and no resource."""
+    modules = "train, sample, prepare_data, af_min.evaluate, af_min.retrieval, af_min.pretrained, af_min.engine as engine, torch"
+    code, printed = spawn(tmp_path, "-c", f"import sys; sys.modules |= dict(fcntl=None, resource=None); import {modules}\n"
+                          "print(engine.peak_memory(torch.device('cpu')))")
+    assert code == 0 and printed == "0.0\n", printed
+
+
 # ---------------------------------------------------------------------- run folders
 
 @pytest.fixture
