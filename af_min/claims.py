@@ -86,7 +86,7 @@ def train(args: Args, name: str, stage: str, steps: int, seed: int, folder: Path
     command = [sys.executable, args.trainer, "--preset", args.preset, "--stage", stage, "--steps", str(steps), "--seed", str(seed),
                "--data", str(folder), "--name", f"{args.out}/{name}", "--no-evaluate"]
     command += ["--init", f"runs/{args.out}/{start}"] if start else []
-    command += ["--resume"] if any(run.glob("checkpoint*/state.json")) else []
+    command += ["--resume"] if any((run / name).exists() for name in checkpoint.CHECKPOINTS) else []
     print(f"{name}: {steps} steps of {stage}", flush=True)
     if subprocess.run(command).returncode:
         raise UserError(f"runs/{args.out}/{name}: training failed (see above); the command goes on there when it is given again")

@@ -74,6 +74,18 @@ def test_the_table_gives_mean_and_range_over_seeds():
     assert "block 0.600 [0.500, 0.700]" in line and "last 0.300 [0.250, 0.350]" in line and line.endswith("block above last")
 
 
+@pytest.mark.parametrize("left, resumes", [("checkpoint", True), ("checkpoint.old", True), ("checkpoint.partial", False)])
+def test_a_training_goes_on_where_it_left_a_whole_checkpoint(tmp_path, monkeypatch, left, resumes):
+    """And begins anew where a kill fell into the writing of its first one."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/claims/x" / left).mkdir(parents=True)
+    (tmp_path / "runs/claims/x" / left / "state.json").touch()
+    commands = []
+    monkeypatch.setattr(claims.subprocess, "run", lambda command: commands.append(command) or claims.subprocess.CompletedProcess(command, 0))
+    claims.train(claims.Args(), "x", "lm", 2, 0, tmp_path)
+    assert ("--resume" in commands[0]) == resumes
+
+
 @pytest.mark.slow
 def test_a_micro_family_is_trained_scored_and_not_trained_twice(scenes_data, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
