@@ -108,14 +108,14 @@ def with_defaults(args: Args) -> Args:
 
 def parse_arguments() -> Args:
     """The command line; with --resume, flags that are not named have the values that the run was started with."""
-    args = cli.parse(Args, description=__doc__)
+    args = asked = cli.parse(Args, description=__doc__)
     run = Path("runs") / args.name
     if args.stage != "all" and not (args.init or args.lm) and (run / "model.safetensors").exists():
         args = replace(args, init=str(run))
     saved = training_of(run)
     again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and (run / "checkpoint").exists()     # torchrun --max-restarts
     args = with_defaults(args)
-    if args.resume or again and saved == asdict(args):
+    if args.resume or again and saved in (asdict(args), asdict(with_defaults(asked))):        # its own model may be there by now
         args = with_defaults(cli.parse(Args, description=__doc__, saved={**saved, "resume": True}))
     if args.seed >= 1 << 43:
         raise UserError(f"--seed {args.seed}: expected less than 2**43; every step makes its own of it")

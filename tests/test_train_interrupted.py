@@ -21,6 +21,17 @@ from training import ROOT, STAGES, log, losses, spawn, train, weights
 
 # ---------------------------------------------------------------------- interruptions
 
+def test_a_restart_behind_the_last_step_does_not_train_again(scenes_data, tmp_path, monkeypatch):
+    """torchrun --max-restarts, killed while the finished model is scored: the run's own model is no --init of another training."""
+    train(tmp_path, scenes_data, "--stage", "lm", "--name", "run", "--steps", 1)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    for more, resumes in ([], True), (["--steps", "2"], False):
+        monkeypatch.setattr(sys, "argv", ["train.py", "--preset", "micro", "--no-evaluate", "--data", str(scenes_data), "--stage", "lm",
+                                          "--checkpoint-every", "2", "--name", "run", "--steps", "1", *more])
+        assert micro.train_module().parse_arguments().resume == resumes
+
+
 def test_killed_and_resumed_is_never_interrupted(trained, scenes_data, tmp_path):
     """kill -9 in the middle of two stages, between checkpoints: the same weights bit for bit, the same log."""
     flags = ["--data", scenes_data, "--checkpoint-every", 2, "--name", "cut"]
