@@ -163,7 +163,7 @@ def peak_memory(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 1e9
     if not resource:
         return 0.0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 def gates(everything: Everything) -> list[float]:
@@ -241,7 +241,7 @@ class Trainer:
         """Yield loss and sums per task of every part; after the last one, `grad` of the parameters holds the sum over all parts.
 
         A CPU computes the parts of a small model's batch in parallel, each on its share of the cores, and adds them up in their order, as
-        if one after the other. `tiny` on two cores, a step of sft: 203 ms, not 245 (tests/bench_train.py --threads 2)."""
+        if one after the other. `tiny` on two cores, a step of sft: 207 ms, not 257 (tests/bench_train.py --threads 2)."""
         threads = torch.get_num_threads()
         count = min(threads, len(step.parts)) if self.side_by_side else 1
         if count < 2:                                              # 0: a batch so small that nothing of it is this process's
