@@ -142,7 +142,8 @@ class Stop:
 
     def __enter__(self) -> "Stop":
         self.signal = 0
-        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGTERM, signal.SIGINT)}
+        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGTERM, signal.SIGINT)
+                       if signal.getsignal(number) != signal.SIG_IGN}                       # as a script's `command &` has Ctrl-C
         return self
 
     def note(self, number: int, frame) -> None:

@@ -5,6 +5,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")        # before torch is imported:
 os.environ.setdefault("MKL_NUM_THREADS", "1")
 
 import dataclasses
+import signal
 import sys
 
 import numpy as np
@@ -17,6 +18,7 @@ from af_min import cli, engine, manifest, scenes
 from af_min.text import Tokenizer
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+signal.signal(signal.SIGINT, signal.default_int_handler)      # which a script that starts the tests with & has turned off
 
 SIZES = scenes.Sizes(train=60, val=5, test=80, textures=10, clips=8, kinds=8, kind_clips=8, episodes=100, examples=40, told=30, glossaries=20, val_items=5, test_items=30)
 LINES = ["The task is audio captioning. ", "The task is sound classification. ", "The task is audio question answering. ",

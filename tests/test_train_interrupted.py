@@ -167,6 +167,18 @@ def test_a_signal_while_the_last_checkpoint_of_a_stage_is_written_is_not_lost(sc
     assert checkpoint.find_checkpoint(tmp_path / "runs" / "x", STAGES)[1] == {"stage": "clap", "step": micro.STEPS}
 
 
+def test_a_signal_that_is_ignored_stays_so():
+    """Ctrl-C, for what a script has started in the background."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with engine.Stop() as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.05)
+        assert stop.signal == 0 and signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("largest, reached", [(40_000, 2), (600, 2), (200_000, 5)], ids=["checkpoint", "log", "final weights"])
 def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(scenes_data, tmp_path, capsys, largest, reached):
     """From step 3 on, or when training is done, files may not grow beyond a size: what a full disk looks like to those who write."""
