@@ -34,6 +34,7 @@ def test_mel_filters_are_librosas(config):
     assert np.abs(mel_filters(config).numpy() - np.load(GOLDEN)[f"mel_{name}"]).max() < 1e-8
 
 
+@pytest.mark.slow                # librosa compiles itself for a quarter of a minute
 @PRESETS
 def test_log_mel_is_librosas(config):
     librosa = pytest.importorskip("librosa", reason="pip install librosa")
