@@ -364,7 +364,7 @@ def test_recomputed_activations_change_nothing(alone, scenes_data, tmp_path):
 
 @pytest.mark.slow
 def test_compiled_layers_learn_the_same(alone, scenes_data, tmp_path):
-    train(tmp_path, scenes_data, "--preset", "micro-still", "--name", "run", "--compile")
+    train(tmp_path, scenes_data, "--preset", "micro-still", "--name", "run", "--float32", "--compile")
     same_curve(tmp_path / "runs" / "run", alone)
 
 
