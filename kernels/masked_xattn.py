@@ -73,19 +73,23 @@ def product(a, b, acc):
 
 
 @triton.jit
+def load_keys(k_ptr, v_ptr, j, high, stride_l, K: tl.constexpr, EDGE: tl.constexpr):
+    """k and v of the keys j; at the EDGE those from `high` on are not read."""
+    offset = j[:, None] * stride_l + tl.arange(0, K)[None, :]
+    if EDGE:
+        return tl.load(k_ptr + offset, mask=j[:, None] < high, other=0.0), tl.load(v_ptr + offset, mask=j[:, None] < high, other=0.0)
+    else:
+        return tl.load(k_ptr + offset), tl.load(v_ptr + offset)
+
+
+@triton.jit
 def walk_keys(q, acc, m, l, k_ptr, v_ptr, n, low, high, stride_l, K: tl.constexpr, BLOCK_L: tl.constexpr,
               EDGE: tl.constexpr):
     """Online softmax over the keys low .. high-1. EDGE: row t stops at its own n[t]; otherwise all rows see all of them."""
-    d = tl.arange(0, K)
     scale = LOG2E * K ** -0.5
     for start in range(low, high, BLOCK_L):
         j = start + tl.arange(0, BLOCK_L)
-        offset = j[:, None] * stride_l + d[None, :]
-        if EDGE:
-            k = tl.load(k_ptr + offset, mask=j[:, None] < high, other=0.0)
-            v = tl.load(v_ptr + offset, mask=j[:, None] < high, other=0.0)
-        else:
-            k, v = tl.load(k_ptr + offset), tl.load(v_ptr + offset)
+        k, v = load_keys(k_ptr, v_ptr, j, high, stride_l, K, EDGE)
         s = product(q, tl.trans(k), tl.zeros([q.shape[0], BLOCK_L], tl.float32))
         if EDGE:
             s = tl.where(j[None, :] < n[:, None], s, float("-inf"))
@@ -128,15 +132,9 @@ def xattn_forward(q_ptr, k_ptr, v_ptr, n_ptr, o_ptr, lse_ptr, T, H, q_b, q_h, q_
 def walk_keys_back(q, do, lse, delta, dq, k_ptr, v_ptr, n, low, high, stride_l, K: tl.constexpr, BLOCK_L: tl.constexpr,
                    EDGE: tl.constexpr):
     """dq + the sum of ds k over the keys low .. high-1; EDGE as in `walk_keys`."""
-    d = tl.arange(0, K)
     for start in range(low, high, BLOCK_L):
         j = start + tl.arange(0, BLOCK_L)
-        offset = j[:, None] * stride_l + d[None, :]
-        if EDGE:
-            k = tl.load(k_ptr + offset, mask=j[:, None] < high, other=0.0)
-            v = tl.load(v_ptr + offset, mask=j[:, None] < high, other=0.0)
-        else:
-            k, v = tl.load(k_ptr + offset), tl.load(v_ptr + offset)
+        k, v = load_keys(k_ptr, v_ptr, j, high, stride_l, K, EDGE)
         s = product(q, tl.trans(k), tl.zeros([q.shape[0], BLOCK_L], tl.float32))
         p = tl.exp2(s * (LOG2E * K ** -0.5) - lse[:, None])
         if EDGE:
