@@ -24,7 +24,7 @@ import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # before torch starts its thread pools: more threads than cores take 2 to 3 times as long
+for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # before torch starts its thread pools: more threads than cores hinder each other
     os.environ.setdefault(variable, str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")        # on a GPU: cuBLAS gives the same bits in every run
 
@@ -148,7 +148,7 @@ def stages_of(args: Args) -> tuple[str, ...]:
 def main() -> None:
     args, world = parse_arguments(), World.start()
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False    # nothing reads it, and filling it takes 8 % of the time
+    torch.utils.deterministic.fill_uninitialized_memory = False    # nothing reads it, and filling it takes time
     prepare(args, world)
     folders, run = data.parse_data(args.data), Path("runs") / args.name
     with cli.alone(run, "--name") if world.rank == 0 else contextlib.nullcontext():
@@ -288,8 +288,7 @@ def start_from(args: Args, folders, run: Path, world: World):
 def published_parts(args: Args):
     """A new model on a published language model: configuration, tokenizer, state dict. Its ears: --clap's, --encoder's, or random.
 
-    Its attention gates start nearly closed, at tanh(0.1): on SmolLM2 100 steps of 640 tokens brought the loss to .58, with gates that
-    start at 0 to .64 (one seed).
+    Its attention gates start nearly closed, at tanh(0.1), and not at 0 as in the paper: what is heard then has a gradient from the first step.
     """
     from af_min.pretrained import new_model
     base = checkpoint.load_config(Path(args.encoder)) if args.encoder else PRESETS[args.preset]

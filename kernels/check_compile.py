@@ -1,7 +1,7 @@
 """Compile every shipped kernel for real GPUs, without having one, and fail on what would make it slow.
 
     python -m kernels.check_compile                 all kernels, sm_80 and sm_90, bf16, fp16 and fp32: 193 compilations,
-                                                    204 s on a busy core, 27 s when repeated (Triton caches)
+                                                    152 s on one core, much less when repeated (Triton caches)
     python -m kernels.check_compile --quick         head width 64 and bf16 alone
 
 The launch code itself is run, on CPU tensors of the model's shapes, with a recorder in place of each kernel, so what is
