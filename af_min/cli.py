@@ -47,7 +47,8 @@ def parse(cls, argv: list[str] | None = None, description: str | None = None, sa
 
     saved: values of an earlier command line, which hold for the flags that this one does not name.
     """
-    parser = Parser(description=description or cls.__doc__, allow_abbrev=False,
+    module = getattr(sys.modules["__main__"], "__spec__", None)              # of `python -m`
+    parser = Parser(prog=f"python -m {module.name}" if module else None, description=description or cls.__doc__, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     types = typing.get_type_hints(cls)
     for f in dataclasses.fields(cls):

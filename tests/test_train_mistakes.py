@@ -91,6 +91,12 @@ def test_a_row_with_more_recordings_than_the_model_takes_is_told(scenes_data, tm
         capsys, TRAIN, tmp_path, "--preset", "micro", "--data", "x", "--stage", "sft")
 
 
+@pytest.mark.parametrize("command, said", [([ROOT / "train.py"], "train.py -h"), (["-m", "af_min.memory"], "python -m af_min.memory -h")])
+def test_a_wrong_flag_is_answered_with_the_command_that_was_given(command, said):
+    done = subprocess.run([sys.executable, *command, "--nope"], cwd=ROOT, text=True, capture_output=True)
+    assert done.returncode == 2 and done.stderr == f"error: unrecognized arguments: --nope; {said} lists the flags\n"
+
+
 @pytest.mark.parametrize("flags", [[], ["--resume"]])
 def test_two_trainings_do_not_write_to_one_run(trained, scenes_data, capsys, flags):
     """The second is told; what the first has written stays."""
