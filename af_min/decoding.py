@@ -11,8 +11,8 @@ Here, with C slots in all,
 A position is the number of real tokens before, so the slot itself means nothing. The price is the bandwidth of slots still
 empty. Padding changes no state; hence it serves to warm up before the recording.
 
-Only a GPU can exercise recording and replay; the same step runs unrecorded on a CPU (tests/test_decoding.py), where fake CUDA
-tensors prove that it reads no number back to Python and brings none from there.
+No GPU has recorded it yet. The same step runs unrecorded on a CPU (tests/test_decoding.py), and recorded on a pretended GPU
+(tests/pretend_gpu.py), which refuses what a recording refuses and replays with the numbers of the recording.
 """
 from __future__ import annotations
 

@@ -7,17 +7,18 @@ The backend is the argument `backend`, else the environment variable AF_MIN_KERN
 CUDA tensors that the kernels support and PyTorch for the rest. A backend that was asked for and cannot run is an error that says why.
 
 Without a GPU, Triton's interpreter shows that the kernels compute the right numbers (tests/test_kernels_interpreted.py), its compiler
-that they fit into registers and shared memory (check_compile.py). No GPU figure has been measured yet. What only a GPU can exercise:
+that they fit into registers and shared memory (check_compile.py), and a pretended GPU that training, answering and scoring leave no
+tensor on the wrong device, choose the kernels there, and record and replay a graph (tests/pretend_gpu.py). No GPU figure has been
+measured yet. What only a GPU can exercise:
     by `python -m kernels.benchmark`
         the compiled binaries: their results (wgmma, bf16 products), and that 250 repetitions give the same bits
         their speed: tiles, warps and stages in CONFIGS, SPLIT, LONG, WIDE, torch.compile's code around them
-        autocast on CUDA; the reference and SDPA's backends on CUDA tensors; the baselines that `--dry` lists as not run
-        recording and replaying a CUDA graph (af_min/decoding.py)
+        SDPA's backends, and the baselines that `--dry` lists as not run
+        CUDA's own recording and replay: streams, memory that a graph keeps (af_min/decoding.py)
         the keys and values of all blocks by one product (`keys_values_at_once` in af_min/xattn.py): its speed and memory
-        the benchmark's own timer and profiler
+        the benchmark's profiler, and what its clock says
     by using the model there
-        the choice of Triton by device and compute capability, where nothing is forced; a recording that fails
-        tensors on another GPU than the current one (the device guards)
+        a recording that fails; NCCL; tensors on another GPU than the current one (the device guards)
 
 Tried with triton 3.7 (torch 2.13) and 3.6 (torch 2.11); the interpreter of 3.6 wants numpy below 2.4.
 

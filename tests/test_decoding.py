@@ -1,14 +1,11 @@
-"""decoding.py: the step of fixed shape says what the ordinary loop says, leaves the same state, and can be recorded."""
+"""decoding.py: the step of fixed shape says what the ordinary loop says and leaves the same state (recorded: test_on_a_gpu.py)."""
 import dataclasses
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-import kernels
 from af_min import decoding
-from af_min.flamingo import Audio, AudioFlamingo, Sampling, State
+from af_min.flamingo import AudioFlamingo, Sampling
 from conftest import shake
 
 PAD, END = 0, 3
@@ -73,42 +70,6 @@ def test_warming_up_changes_nothing_and_a_full_cache_is_the_ordinary_error(model
     with pytest.raises(ValueError, match="the cache was made for"):
         step(torch.full((3, 1), 20), state)
     assert_same_state(state, plain)
-
-
-class NothingElsewhere(TorchDispatchMode):
-    """Fails on an operator that takes or gives a tensor outside the device "meta": recording could not copy it."""
-    count = 0
-
-    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        out = operator(*args, **(kwargs or {}))
-        for x in tree_leaves((args, kwargs, out)):
-            assert not isinstance(x, torch.Tensor) or x.is_meta, f"{operator} works on {x.device}"
-        self.count += 1
-        return out
-
-
-@pytest.mark.parametrize("backend", ["reference", "triton"])
-@torch.no_grad()
-def test_a_recording_would_meet_no_number_on_its_way_to_python(model, backend, monkeypatch):
-    """On tensors that have shapes and no numbers ("meta") the step runs: it reads none back, and brings none from the CPU."""
-    if backend == "triton" and not kernels.TRITON_INSTALLED:
-        pytest.skip("triton has no package for this platform")
-    monkeypatch.setenv("AF_MIN_KERNELS", backend)
-    monkeypatch.setattr(kernels, "why_no_triton", lambda tensor: None)
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)          # which knows no device "meta"
-    config = dataclasses.replace(model.config, xattn=dataclasses.replace(model.config.xattn, head_dim=32))
-    with torch.device("meta"):
-        empty = AudioFlamingo(config).eval()
-        keys = [torch.zeros(2, config.xattn.heads, 7, 32) for _ in empty.xattn]
-        audio = Audio(keys, keys, torch.zeros(2, 3, dtype=torch.long))
-        step = decoding.FixedStep(empty, State(audio, empty.lm.new_cache(2, 16), torch.zeros(2, dtype=torch.long)))
-    with NothingElsewhere() as watched:
-        logits = step.step()
-        assert logits.shape == (2, config.lm.vocab_size) and watched.count > 50
-        with pytest.raises(AssertionError, match="works on cpu"):                     # the check can fail
-            torch.tensor([0.5])
-    with pytest.raises(RuntimeError, match="meta tensors"):
-        int(logits[0, 0])
 
 
 @torch.no_grad()
