@@ -73,7 +73,7 @@ def attend_cpu(q_BHTK: Tensor, k_BHLK: Tensor, v_BHLK: Tensor, kv_len: Tensor) -
         return attend(q_BHTK, k_BHLK[:, :, :0], v_BHLK[:, :, :0], kv_len)
     if longest < k_BHLK.shape[2]:                              # for one token a slice would cost as much as the attention
         k_BHLK, v_BHLK = k_BHLK[:, :, :longest], v_BHLK[:, :, :longest]
-    attend_all = attention if low else F.scaled_dot_product_attention
+    attend_all = attention if low and q_BHTK.shape[2] > 1 else F.scaled_dot_product_attention
     out = attend_all(q_BHTK, k_BHLK, v_BHLK, mask)
     if mask is None or math.isfinite(k_BHLK.detach().sum() + v_BHLK.detach().sum() if out.requires_grad else out.sum()):
         return out

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 import kernels
+from af_min import cli
 from kernels import attention, linear, reference
 from kernels.baselines import make
 
@@ -89,4 +90,5 @@ def masked(B: int, T: int, L: int, H: int, K: int, shots: int, repeats: int = 25
 
 
 if __name__ == "__main__":
+    cli.keep_freed_memory()                                   # as every command does
     report()
