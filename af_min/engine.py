@@ -19,7 +19,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +34,7 @@ from kernels.linear import as_now
 from . import checkpoint
 from .cli import UserError, resource
 from .config import StageConfig
+from .lanes import side_by_side
 from .muon import Muon
 from .stages import Everything, Step, in_half
 
@@ -116,13 +116,6 @@ def lighten(everything: Everything, args) -> None:
                                               context_fn=lambda: (nullcontext(), as_now()))
         if args.compile:
             layer.compile()
-
-
-@functools.cache
-def lanes(count: int, threads: int) -> ThreadPoolExecutor:
-    """`count` Python threads, each with `threads` of torch's. They pass the interpreter on every 0.1 ms, not every 5."""
-    sys.setswitchinterval(1e-4)
-    return ThreadPoolExecutor(count, "lane", torch.set_num_threads, (threads,))
 
 
 def rate(step: int, c: StageConfig) -> float:
@@ -242,8 +235,7 @@ class Trainer:
 
         A CPU computes the parts of a small model's batch in parallel, each on its share of the cores, and adds them up in their order, as
         if one after the other. `tiny` on two cores, a step of sft: 207 ms, not 257 (tests/bench_train.py --threads 2)."""
-        threads = torch.get_num_threads()
-        count = min(threads, len(step.parts)) if self.side_by_side else 1
+        count = min(torch.get_num_threads(), len(step.parts)) if self.side_by_side else 1
         if count < 2:                                              # 0: a batch so small that nothing of it is this process's
             for i, (_, loss) in enumerate(step.parts):
                 if self.sharded:
@@ -257,15 +249,11 @@ class Trainer:
             value, sums = loss()
             return value.detach(), sums, torch.autograd.grad(value, self.parameters, allow_unused=True)
 
-        torch.set_num_threads(threads // count)
-        try:
-            for value, sums, gradients in lanes(count, threads // count).map(part, [loss for _, loss in step.parts]):
-                for p, g in zip(self.parameters, gradients):
-                    if g is not None:
-                        p.grad = torch.empty_like(p).copy_(g) if p.grad is None else p.grad.add_(g)
-                yield value, sums
-        finally:
-            torch.set_num_threads(threads)
+        for value, sums, gradients in side_by_side(part, [loss for _, loss in step.parts], count):
+            for p, g in zip(self.parameters, gradients):
+                if g is not None:
+                    p.grad = torch.empty_like(p).copy_(g) if p.grad is None else p.grad.add_(g)
+            yield value, sums
 
     def step(self, number: int, stop: Stop) -> tuple[Step, dict, int]:
         """-> the batch, its losses and gradient norm, the sum of the processes' signals (0: go on)."""

@@ -31,6 +31,7 @@ from . import audio
 from .clap import WindowEncoder
 from .cli import UserError, fcntl
 from .config import AudioConfig
+from .lanes import side_by_side
 from .manifest import whole_lines
 
 Place = tuple[str, float]                          # file, second at which listening starts
@@ -166,21 +167,30 @@ class Store:
             part.vectors.unlink(missing_ok=True)
 
     def _encode(self, recordings: list[tuple[str, Place]], shelf: Shelf, name: str, batch: int) -> int:
-        """Read, cut into windows and encode, about `batch` windows at a time; returns their number."""
+        """Read, cut into windows and encode, about `batch` windows at a time, on a CPU in pieces side by side; returns their number."""
         device, done = next(self.encoder.parameters()).device, 0
-        waiting: list[tuple[str, torch.Tensor]] = []
-        if not recordings:
-            return 0
-        with shelf.appending() as put:
+        count = max(1, min(torch.get_num_threads(), batch // 32)) if device.type == "cpu" else 1
+
+        def pieces() -> Iterator[list[tuple[str, torch.Tensor]]]:
+            waiting = []
             for n, (key, (file, start)) in enumerate(tqdm(recordings, name, unit="rec", disable=not name), 1):
                 recording = audio.load(self.folder / file, self.config.sample_rate, start, self.config.max_seconds)
                 waiting.append((key, audio.windows(torch.from_numpy(recording.samples), self.config)))
-                if sum(len(w) for _, w in waiting) >= batch or n == len(recordings):
-                    with torch.no_grad():
-                        embedded = self.encoder(torch.cat([w for _, w in waiting]).to(device)).half().cpu()
-                    parts = embedded.split([len(w) for _, w in waiting])
-                    put([(key, part.numpy()) for (key, _), part in zip(waiting, parts)])
-                    done, waiting = done + len(embedded), []
+                if sum(len(w) for _, w in waiting) >= batch // count or n == len(recordings):
+                    yield waiting
+                    waiting = []
+
+        @torch.no_grad()
+        def encode(piece: list[tuple[str, torch.Tensor]]) -> list[tuple[str, np.ndarray]]:
+            embedded = self.encoder(torch.cat([w for _, w in piece]).to(device)).half().cpu()
+            return [(key, part.numpy()) for (key, _), part in zip(piece, embedded.split([len(w) for _, w in piece]))]
+
+        if not recordings:
+            return 0
+        with shelf.appending() as put:
+            for embedded in side_by_side(encode, pieces(), count):
+                put(embedded)
+                done += sum(len(windows_WD) for _, windows_WD in embedded)
         return done
 
     def __getitem__(self, place: Place) -> np.ndarray:
