@@ -70,10 +70,10 @@ def recordings(rows: list[dict]) -> list[tuple[str, float]]:
     return [(p["audio"], p.get("start", 0.0)) for p in parts if p.get("audio")]
 
 
-def padded(texts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids -> ids (B, T), 0 behind each text, and 1 where a token is real (B, T)."""
-    return tuple(torch.nn.utils.rnn.pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], batch_first=True)
-                 for rows in (texts, [[1] * len(ids) for ids in texts]))
+def padded(rows: list[list[int]], fill: int = 0, left: bool = False) -> torch.Tensor:
+    """Rows of whole numbers -> (B, T), each with `fill` behind it, or before it."""
+    return torch.nn.utils.rnn.pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], batch_first=True, padding_value=fill,
+                                           padding_side="left" if left else "right")
 
 
 @dataclass
@@ -90,22 +90,23 @@ class Batch:
 
 def collate(samples: list[tuple[Sample, Store | None]], pad_id: int, width: int, left: bool = False) -> Batch:
     """Pad samples to one batch, on the right for training, on the left for generation."""
-    longest = max(len(s.ids) for s, _ in samples)
-    ids = torch.full((len(samples), longest), pad_id)
-    labels = torch.full((len(samples), longest), IGNORE)
-    mask = torch.zeros(len(samples), longest, dtype=torch.bool)
+    ids, labels, real = zip(*((s.ids, s.labels, [1] * len(s.ids)) for s, _ in samples))
     audios = [[store[place] for place in s.audios] for s, store in samples]
-    for b, (s, _) in enumerate(samples):
-        span = slice(longest - len(s.ids), None) if left else slice(0, len(s.ids))
-        ids[b, span], labels[b, span], mask[b, span] = torch.tensor(s.ids), torch.tensor(s.labels), True
     flat = [a for of_sample in audios for a in of_sample]
-    n_windows = torch.zeros(len(samples), max(map(len, audios)), dtype=torch.long)
     windows = torch.zeros(len(flat), max((len(a) for a in flat), default=0), width)
-    for b, of_sample in enumerate(audios):
-        n_windows[b, :len(of_sample)] = torch.tensor([len(a) for a in of_sample])
     for a, embedded in enumerate(flat):
         windows[a, :len(embedded)] = torch.from_numpy(np.asarray(embedded, np.float32))
-    return Batch(ids, labels, mask, windows, n_windows)
+    return Batch(padded(ids, pad_id, left), padded(labels, IGNORE, left), padded(real, 0, left).bool(), windows,
+                 padded([[len(a) for a in of_sample] for of_sample in audios]))
+
+
+def stream(size: int, first: int, count: int, *seed: int) -> list[int]:
+    """Elements first .. first + count - 1 of an endless stream: the numbers below `size` in a new random order on each pass."""
+    out = []
+    while len(out) < count:
+        turn, place = divmod(first + len(out), size)
+        out += np.random.default_rng([*seed, turn]).permutation(size)[place:place + count - len(out)].tolist()
+    return out
 
 
 class Mixture:
@@ -126,19 +127,10 @@ class Mixture:
         self._ends: list[int] = []     # of each virtual epoch met so far: the step after its last; the batches of the latest alone are kept
         self._latest: tuple[int, list] = -1, []
 
-    def _stream(self, d: int, first: int, count: int) -> list[int]:
-        """Elements first .. first + count - 1 of data set d's endless stream."""
-        size, out = len(self.datasets[d].samples), []
-        while len(out) < count:
-            turn, place = divmod(first + len(out), size)
-            order = np.random.default_rng([self.seed, d, turn]).permutation(size)
-            out += order[place:place + count - len(out)].tolist()
-        return out
-
     def epoch(self, number: int) -> list[list[list[tuple[int, int]]]]:
         """The batches of one virtual epoch."""
         rng = np.random.default_rng([self.seed, 1 << 20, number])
-        drawn = [(d, i) for d, take in enumerate(self.takes) for i in self._stream(d, number * take, take)]
+        drawn = [(d, i) for d, take in enumerate(self.takes) for i in stream(len(self.lengths[d]), number * take, take, self.seed, d)]
         drawn = [drawn[i] for i in rng.permutation(len(drawn))]
         drawn.sort(key=lambda place: self.lengths[place[0]][place[1]])
         parts, part = [], []
@@ -180,11 +172,5 @@ class WindowCaptions:
     def batch(self, step: int) -> list[dict]:
         """`size` rows, the same on every process."""
         count = self.size // self.each
-        rows, first, order = [], step * count, {}
-        for place in range(first, first + count):
-            turn, i = divmod(place, len(self.groups))
-            if turn not in order:
-                order[turn] = np.random.default_rng([self.seed, 1 << 21, turn]).permutation(len(self.groups))
-            group = self.groups[order[turn][i]]
-            rows += [group[j % len(group)] for j in range(self.each)]
-        return rows
+        groups = (self.groups[i] for i in stream(len(self.groups), step * count, count, self.seed, 1 << 21))
+        return [group[j % len(group)] for group in groups for j in range(self.each)]

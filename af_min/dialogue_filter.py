@@ -54,8 +54,8 @@ def read(tower: TextTower, tokenizer, texts: list[str], batch: int = 256) -> np.
     """Texts -> vectors (N, D) of length 1."""
     out = []
     for first in range(0, len(texts), batch):
-        ids_BT, mask_BT = padded([tokenizer.encode(text.lower()) for text in texts[first:first + batch]])
-        out.append(normalize(tower(ids_BT, mask_BT), dim=-1).numpy())
+        ids = [tokenizer.encode(text.lower()) for text in texts[first:first + batch]]
+        out.append(normalize(tower(padded(ids), padded([[1] * len(row) for row in ids])), dim=-1).numpy())
     return np.concatenate(out)
 
 

@@ -25,10 +25,10 @@ A, B, C = 3.4445, -4.7750, 2.0315
 ITERATIONS = 3           # he makes 5; each takes time, and README's scores were reached with 3
 
 
-def orthogonal(g_RNM: Tensor, products: torch.dtype | None = None, iterations: int = ITERATIONS) -> Tensor:
+def orthogonal(g_RNM: Tensor, products: torch.dtype | None = None) -> Tensor:
     """R matrices (N, M), N <= M -> about U Vᵀ of each, (R, N, M), multiplied in the type `products`, or their own. One of zeros stays so."""
     x = (g_RNM / g_RNM.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)).to(products or g_RNM.dtype)       # no singular value above 1
-    for _ in range(iterations):
+    for _ in range(ITERATIONS):
         square_RNN = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(square_RNN, square_RNN, square_RNN, beta=B, alpha=C), x, beta=A)
     return x.to(g_RNM.dtype)

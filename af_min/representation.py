@@ -66,11 +66,11 @@ class Representation(nn.Module):
 
     def __init__(self, config: RepresentationConfig, width: int, max_windows: int):
         super().__init__()
-        self.max_positions, self.scale = config.max_audios * max_windows, config.scale
+        self.scale = config.scale
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.layers = nn.ModuleList(
             nn.ModuleList([SelfAttention(width, config.heads), FeedForward(width, config.inner)]) for _ in range(config.layers))
-        self.register_buffer("positions", sinusoid_table(self.max_positions, width), persistent=False)
+        self.register_buffer("positions", sinusoid_table(config.max_audios * max_windows, width), persistent=False)
         self.init_weights()
 
     @torch.no_grad()

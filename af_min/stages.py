@@ -116,7 +116,7 @@ class ClapStage:
         labels = {answer: i for i, answer in enumerate(sorted({r["answer"] for r in rows}))}
         label_B = torch.tensor([labels[r["answer"]] for r in rows], device=world.device)
         mine = slice(world.rank * len(rows) // world.size, (world.rank + 1) * len(rows) // world.size)
-        ids_BT, mask_BT = data.padded(ids)
+        ids_BT, mask_BT = data.padded(ids), data.padded([[1] * len(row) for row in ids])
 
         def loss():
             e = self.everything

@@ -306,13 +306,13 @@ def forward_op(q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor) -> tuple[Tensor,
             xattn_forward[triton.cdiv(T, settings["BLOCK_T"]), B * H](
                 q, k, v, n, o, lse, T, H, *q.stride()[:3], *k.stride()[:3], *o.stride()[:3], **settings)
             return o, lse
-        splits, row = triton.cdiv(L, SPLIT), B * H
+        splits, rows = triton.cdiv(L, SPLIT), B * H
         parts = o if splits == 1 else q.new_empty(splits, B, H, K, dtype=torch.float32)
         lse_parts = lse if splits == 1 else q.new_empty(splits, B, H, dtype=torch.float32)
-        xattn_decode[splits, row](q, k, v, n, parts, lse_parts, H, *q.stride()[:2], *k.stride()[:3],
-                                  SPLIT=SPLIT, **config("decode", q))
+        xattn_decode[splits, rows](q, k, v, n, parts, lse_parts, H, *q.stride()[:2], *k.stride()[:3],
+                                   SPLIT=SPLIT, **config("decode", q))
         if splits > 1:
-            xattn_join[row,](parts, lse_parts, o, lse, splits, row, K=K, SPLITS=triton.next_power_of_2(splits))
+            xattn_join[rows,](parts, lse_parts, o, lse, splits, rows, K=K, SPLITS=triton.next_power_of_2(splits))
     return o, lse
 
 
@@ -324,7 +324,7 @@ def _(q, k, v, kv_len):
 @torch.library.custom_op("af_min::masked_xattn_backward", mutates_args=())
 def backward_op(do: Tensor, q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor, o: Tensor,
                 lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    (B, H, T, K), L = q.shape, k.shape[2]
+    (B, H, T, _), L = q.shape, k.shape[2]
     dq, dk, dv = empty_BXHK(q), empty_BXHK(k), empty_BXHK(k)
     if q.numel() == 0 or L == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
