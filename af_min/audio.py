@@ -81,7 +81,7 @@ def windows(samples_S, config: AudioConfig) -> Tensor:
 
 
 def mel_filters(config: AudioConfig) -> Tensor:
-    """(n_fft/2 + 1, M) triangular filters of equal area on the mel scale of Slaney's Auditory Toolbox (librosa's default).
+    """(n_fft/2 + 1, M) triangular filters of area 1 (in Hz), evenly spaced on the mel scale of Slaney's Auditory Toolbox (librosa's default).
 
     The scale is linear up to 1000 Hz (15 mel), logarithmic above (27 mel for a factor of 6.4). Of edges equally far apart on it, filter m rises from
     edge m to edge m + 1 and falls to edge m + 2; its height 2 / (width in Hz) makes its area 1.

@@ -16,9 +16,10 @@ known through a learned bias on the attention logits, one number per head and of
 
 Our own training (`train.py --stage clap`) needs the text tower too. Its loss, for B pairs with unit vectors a_i, t_j:
 
-    p_ij = exp(s a_i . t_j) / sum_k exp(s a_i . t_k)         loss = mean of -mean_i sum_j y_ij log p_ij and its twin over columns
+    p_ij = exp(s a_i . t_j) / sum_k exp(s a_i . t_k)         loss = (rows + columns) / 2,  rows = -mean_i sum_j y_ij log p_ij
 
-y_ij = 1 / (number of captions in the batch equal to caption i) where caption j equals caption i, else 0.
+y_ij = 1 / (number of captions in the batch equal to caption i) where caption j equals caption i, else 0; columns is the same of
+the transposed logits.
 """
 from __future__ import annotations
 
@@ -55,7 +56,8 @@ class Block(nn.Module):
 
 
 class SwinBlock(nn.Module):
-    """A block inside windows of w x w tokens of a (side x side) grid, which is first rolled by `shift` tokens, wrapping around."""
+    """A block whose attention stays inside squares of w x w tokens of a (side x side) grid. A shifted one first rolls the grid by `shift`
+    tokens, wrapping around, and afterwards rolls it back."""
 
     def __init__(self, width: int, heads: int, side: int, window: int, shifted: bool):
         super().__init__()

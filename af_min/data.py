@@ -47,8 +47,8 @@ def parse_data(specs: list[str]) -> list[tuple[Path, float]]:
 
 
 def rows_of(folder: Path, split: str, stage: str) -> list[dict]:
-    """The rows that a stage learns from: clap the window captions; lm, pretrain and sft the rest, sft without
-    roll calls: there they would take the place of what the model is asked for."""
+    """The rows that a stage learns from. clap: the window captions; lm: all others; pretrain: those of them that have a recording; sft: the
+    same without roll calls, which would take the place of what the model is asked for."""
     rows = [r for r in manifest.read_rows(folder / f"{split}.jsonl") if (r["task"] == "WindowText") == (stage == "clap")]
     if stage != "lm":
         rows = [r for r in rows if r.get("audio")]

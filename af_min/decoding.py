@@ -31,7 +31,8 @@ class FixedStep:
     """`model.read` of one token a row, for the caches of one `State`; to be called as step(ids_B1, state, mask_B1)."""
 
     def __init__(self, model, state):
-        """On a GPU this records the graph; RuntimeError where that fails. The cache must not be full; `state` says what it said."""
+        """On a GPU this records the graph; RuntimeError where that fails. The cache must not be full; `state` stands for the
+        same texts as before, its cache consists of views of two tensors from now on."""
         self.model, cache = model, state.cache
         self.state = dataclasses.replace(state, seen_B=state.seen_B.clone(), step=None)
         self.k, self.v = torch.stack(cache.k), torch.stack(cache.v)              # (layers, B, G, C, K): moved in one go
@@ -93,7 +94,7 @@ class FixedStep:
 def reader(model, state, max_new: int) -> Callable[..., Tensor]:
     """What reads the tokens of an answer: on a GPU a `FixedStep`, kept in the state for later turns; elsewhere `model.read`.
 
-    AF_MIN_KERNELS=reference asks for plain PyTorch, without graphs too. A recording that fails is a warning with its reason."""
+    AF_MIN_KERNELS=reference means plain PyTorch, which includes no graph. A recording that fails is a warning with its reason."""
     room = min(max_new, state.cache.max_length - state.cache.length)
     if state.step is None and room >= WORTH and state.seen_B.is_cuda and os.environ.get("AF_MIN_KERNELS") != "reference":
         try:

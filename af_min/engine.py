@@ -5,8 +5,8 @@
 A part is a piece of the batch whose samples are of like length and padded together (data.py). Its loss is the sum over this
 process's share of it, divided by a count over the whole batch (stages.py): gradients are added up, never averaged. Without --shard
 each process has all weights; gradients are added up once per step, in one message, whatever the number of parts. With --shard
-(FSDP2) each process keeps a slice of every weight, its gradient and its optimizer state, and fetches a layer's weights when
-it needs them.
+(FSDP2) each process keeps a slice of every weight that text passes through, its gradient and its optimizer state, and fetches a
+layer's weights when it needs them; encoder and text tower stay whole, and so does all in the clap stage.
 """
 from __future__ import annotations
 
@@ -39,11 +39,12 @@ from .muon import Muon
 from .stages import Everything, Step, in_half
 
 SMALL = 1 << 24          # weights; the products of a smaller model are too small to be divided among cores
-PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40": 181e12, "4090": 165e12}      # bf16 FLOP/s, without sparsity
+PEAK = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L40": 181e12, "4090": 165e12}   # bf16 FLOP/s, dense
 
 
 @dataclass(frozen=True)
 class World:
+    """The processes of this training: which one this is, how many there are, where this one computes."""
     rank: int
     size: int
     device: torch.device

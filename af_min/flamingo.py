@@ -31,7 +31,7 @@ LEAST = 1e-30  # least temperature and top-p, and 1 / LEAST the largest temperat
 
 @dataclass
 class Audio:
-    """All audios of a batch, encoded: keys and values (B, H, L, K) of every cross-attention block, and the windows of each audio."""
+    """All audios of a batch, encoded: keys and values (B, H, L, K), with the null key L + 1, of every block; the windows of each audio."""
     keys: list[torch.Tensor]
     values: list[torch.Tensor]
     n_windows_BN: torch.Tensor
@@ -56,6 +56,8 @@ class Sampling:
 
 
 class AudioFlamingo(nn.Module):
+    """All of Audio Flamingo: encoder, representation layers, gated cross-attention blocks, language model."""
+
     def __init__(self, config: Config):
         super().__init__()
         self.config = config

@@ -184,8 +184,8 @@ class LM(nn.Module):
 
         At OPT's width of 2048 that is about its standard deviation of 0.02, which at a width of 128 would start layers near zero.
         Attention starts out copying: W_out is a multiple of W_v transposed, so that a head adds to a token what it attends to
-        (W_v^T W_v is near a multiple of the identity), and in half of the heads W_k = W_q, so that a token attends to its like.
-        Both are there to let a tiny model repeat and match sooner what it has read.
+        (on average W_v^T W_v is a multiple of the identity), and in half of the heads W_k = W_q, so that a token attends to its like.
+        Both are there to let a tiny model repeat and match sooner what it has read. Heads that share keys and values start as they come.
         """
         std = self.config.width ** -0.5
         for name, module in self.named_modules():

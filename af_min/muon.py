@@ -11,7 +11,8 @@ rare ones teach is in the many small ones. Muon makes all directions of a step e
 
 The factor gives a step the size that AdamW's have (arXiv 2502.16982, section 2.2): one learning rate serves both. U Vᵀ needs no
 decomposition. Of a matrix with singular values s, Newton and Schulz's  X <- a X + b (X Xᵀ) X + c (X Xᵀ)² X  has  a s + b s³ + c s⁵  and
-the same U and V; Jordan's a, b, c carry small ones up fast, and to about 0.7 to 1.2, not to 1.
+the same U and V; with Jordan's a, b, c three iterations carry s from .018 up to between .68 and 1.20, and smaller ones to 40 times
+what they were.
 """
 from __future__ import annotations
 

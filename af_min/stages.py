@@ -29,7 +29,7 @@ from .store import Store
 
 
 class Everything(nn.Module):
-    """All that is trained: the model, and the text tower and scale of similarities that only the clap stage and dialogue_filter.py need."""
+    """All that is trained: the model; the text tower, which only the clap stage and dialogue_filter.py need; that stage's scale."""
 
     def __init__(self, config):
         super().__init__()

@@ -11,7 +11,7 @@ Several processes share the work: each encodes every n-th recording into a shelf
 and process 0 takes the shelves over; those that an interrupted run left are taken over by the next one.
 
 Measured, the encoder at `af1` size (random weights, tests/bench_retrieval.py) on one busy CPU core: 2.5 recordings of 10 s, 7.5
-windows, a second. On paper, the paper's 5.9 M pairs as such clips: 17.7 M windows, 36 GB of vectors, 0.5 GB of index, 12 GB of
+windows, a second. On paper, the paper's 5.9 M pairs as such clips: 17.7 M windows, 36 GB of vectors, 0.4 GB of index, 12 GB of
 pooled vectors; 14.1 GFLOP a window make 2.5e17 FLOP, 27 days of that core, or 0.7 h at 100 TFLOP/s, where reading and
 decoding 16 400 h of audio sets the pace; the nearest of all for all (7e16 FLOP) are 0.2 h at 100 TFLOP/s.
 """
@@ -37,9 +37,9 @@ from .manifest import whole_lines
 Place = tuple[str, float]                          # file, second at which listening starts
 
 
-def encoder_hash(encoder: WindowEncoder) -> str:
-    """Changes with any weight or dimension of the encoder."""
-    digest = hashlib.sha256()
+def encoder_hash(encoder: WindowEncoder, config: AudioConfig) -> str:
+    """Changes with any weight or dimension of the encoder, and with how recordings are cut into windows."""
+    digest = hashlib.sha256(repr(config).encode())
     for name, tensor in sorted(encoder.state_dict().items()):
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().float().numpy().tobytes())
@@ -123,7 +123,7 @@ class Store:
 
     def __init__(self, folder: Path, encoder: WindowEncoder, config: AudioConfig, width: int):
         self.folder, self.encoder, self.config, self.width = Path(folder), encoder, config, width
-        self.home = self.folder / "embeddings" / encoder_hash(encoder)
+        self.home = self.folder / "embeddings" / encoder_hash(encoder, config)
         self.home.mkdir(parents=True, exist_ok=True)
         self.shelf = Shelf(self.home, width)
         self.keys: dict[Place, str] = {}
@@ -131,7 +131,7 @@ class Store:
 
     def add(self, recordings: Iterable[Place], name: str = "", batch: int = 128, rank: int = 0, size: int = 1,
             wait: Callable[[], None] = lambda: None) -> int:
-        """Encode the recordings (file, start) that are not yet stored, under a bar of that name; returns how many windows it encoded here.
+        """Encode the recordings (file, start) that are not yet stored, showing a bar called `name`; returns how many windows this process encoded.
 
         Over `size` processes: all call it with the same recordings, their rank, and a `wait` that returns when all are there.
         """

@@ -59,8 +59,8 @@ class Tokenizer:
 
     @classmethod
     def train(cls, lines: Iterable[str], vocab_size: int) -> "Tokenizer":
-        """A BPE tokenizer of `vocab_size` ids, special ones included. Every byte has a piece, so that no text is unknown; rare
-        characters, those for which half of the other ids do not suffice, are spelt in bytes.
+        """A BPE tokenizer of `vocab_size` ids, special ones included. Every byte has a piece, so that no text is unknown; half
+        of the ids that are left go to the most frequent characters, all others are spelt in bytes.
 
         Each phrase of the templates is one token: short sequences are fast.
         """
@@ -102,7 +102,7 @@ class Tokenizer:
 
 
 def spaced(text: str) -> str:
-    """With a space before a first word, and "?" for what is no whole character: bytes that are not UTF-8, half an emoji."""
+    """With a space before a first word, and "?" in place of half a surrogate pair or a byte that is not UTF-8."""
     text = text.encode("utf-8", "replace").decode()
     return " " + text if text[:1].isalnum() else text
 

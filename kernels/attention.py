@@ -14,7 +14,8 @@ Forward and backward together, in ms, on an AMD EPYC with AVX-512, torch 2.13 (`
     512 x 16 x 16              11.15    6.69        5.69    3.48
 
 `attention` chooses; it is the attention of every part of the model, cross-attention included (reference.py, which makes the
-bias of kv_len). Elsewhere (a GPU, half precision, torch.compile, long texts, one token) torch's kernel does the work.
+bias of kv_len). Elsewhere (a GPU, half precision, autocast, torch.compile, long texts, one token, heads that share keys) torch's kernel
+does the work.
 """
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ def bfloat16_products(enabled: bool = True) -> Iterator[None]:
 
 
 def as_now():
-    """A context for later: within it, `linear` multiplies as it does at this moment. What is computed again in the backward pass needs it."""
+    """A context for later: within it, `linear` multiplies in bfloat16 if it does so at this moment. Recomputing activations needs it."""
     return bfloat16_products(_factors.get() == torch.bfloat16)
 
 
@@ -59,7 +59,7 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def in_rows(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """(..., n) -> (R, n): the rows of x, then zeros up to a multiple of 64 and of about a sixteenth of their number.
+    """(..., n) -> (R, n): the rows of x, then zeros up to a multiple of 64 and of a sixteenth to an eighth of their number.
 
     oneDNN writes machine code for every shape that it has not met, half a millisecond each time, and keeps 1024 of them."""
     x_RN = x.flatten(0, -2)
@@ -110,8 +110,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def together(x: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
-    """What each of several layers makes of x. While they learn it is one product with all their weights: one pass over x, two less
-    copies of it. Where nothing is learned the weights are not put together for every call."""
+    """What each of several layers makes of x. While they learn it is one product with all their weights: one pass over x, and of three layers two
+    copies fewer. Where nothing is learned the weights are not put together for every call."""
     if not torch.is_grad_enabled() or not all(fits(x, layer.weight) for layer in layers):
         return tuple(layer(x) for layer in layers)
     bias = torch.cat([layer.bias for layer in layers]) if layers[0].bias is not None else None

@@ -63,7 +63,7 @@ def additive_mask(kv_len: Tensor, dtype: torch.dtype) -> tuple[int, int, Tensor 
 
 
 def attend_cpu(q_BHTK: Tensor, k_BHLK: Tensor, v_BHLK: Tensor, kv_len: Tensor) -> Tensor:
-    """`attend` by what is fast on a CPU (attention.py). Rows that see no key need PyTorch's fused kernel, which gives 0 for them.
+    """`attend` by what is fast on a CPU: attention.py; for one token, and where a row sees no key, PyTorch's fused kernel, which gives 0 there.
 
     Keys beyond the largest kv_len are cut off. A NaN or inf among the others shows in one sum, which reads but copies nothing: of
     the output, or, where the backward pass multiplies by them again, of keys and values. Only then are unused ones set to 0."""

@@ -1,4 +1,5 @@
 """store.py: what is read is what the encoder said, to float16; nothing is encoded twice, whatever happened in between."""
+import dataclasses
 import json
 import shutil
 import threading
@@ -106,10 +107,11 @@ def test_a_recording_that_was_replaced_is_encoded_anew(folder, encoder):
 def test_every_encoder_has_its_own_embeddings(folder, encoder):
     other = WindowEncoder(MICRO.audio, MICRO.clap).eval()
     other.load_state_dict(encoder.state_dict())
-    assert encoder_hash(other) == encoder_hash(encoder)
+    assert encoder_hash(other, MICRO.audio) == encoder_hash(encoder, MICRO.audio)
+    assert encoder_hash(other, MICRO.audio) != encoder_hash(other, dataclasses.replace(MICRO.audio, hop=0.2)), "cuts other windows"
     with torch.no_grad():
         next(other.parameters()).view(-1)[0] += 1e-3
-    assert encoder_hash(other) != encoder_hash(encoder)
+    assert encoder_hash(other, MICRO.audio) != encoder_hash(encoder, MICRO.audio)
     first, second = a_store(folder, encoder), a_store(folder, other)
     assert first.add(PLACES[:1]) == second.add(PLACES[:1]) == 1 and first.home != second.home
 
