@@ -128,6 +128,10 @@ def training_data(args: Args) -> list[str]:
     return args.data or found
 
 
+class TooLong(UserError):
+    """The examples that were found for one recording leave no room for an answer; those of another one may."""
+
+
 class Question:
     """The question of the command line, to be asked about any recording, behind the examples of --shot or --shots."""
 
@@ -154,15 +158,20 @@ class Question:
             windows |= {place: self.library.windows[place] for place in ((shot["audio"], shot["start"]) for shot in shots)}
         for shot in shots:
             note(f"shot for {heard.path}: {shot['audio']}: {shot['prompt']} {shot['answer']}")
-        return write_sample(self.tokenizer, {**self.asked, "audio": heard.path, "shots": shots}, complete=False), windows
+        sample = write_sample(self.tokenizer, {**self.asked, "audio": heard.path, "shots": shots}, complete=False)
+        if args.shots and len(sample.ids) >= self.model.config.lm.max_positions:
+            raise TooLong(f"{heard.path}: with its examples the question is {len(sample.ids)} tokens long; this model holds "
+                          f"{self.model.config.lm.max_positions}: take fewer --shots")
+        return sample, windows
 
 
-def listen(model: AudioFlamingo, files: list[str], left_out: list[str]) -> Iterator[Heard]:
-    """Every file that can be read, with a progress bar if there are several; of several, one that cannot is warned of and added to `left_out`."""
+def listen(question: Question, files: list[str], left_out: list[str]) -> Iterator[tuple[Sample, dict[Place, np.ndarray]]]:
+    """The question about every file, with a progress bar if there are several; of several, one that cannot be read, or whose examples are too
+    long, is warned of and added to `left_out`."""
     for file in tqdm(files, unit="rec", disable=len(files) == 1):
         try:
-            yield hear_or_warn(model, file)
-        except AudioError as error:
+            yield question.about(hear_or_warn(question.model, file))
+        except (AudioError, TooLong) as error:
             if len(files) == 1:
                 raise
             note(f"warning: {error}")
@@ -290,13 +299,13 @@ def footer(model: AudioFlamingo, measured: str) -> None:
 def ask(args: Args, model: AudioFlamingo, tokenizer: Tokenizer, sampling: Sampling) -> None:
     """One question about all recordings: a single answer word by word, several in batches, in their order.
 
-    UserError, when all else is answered, if some of several recordings could not be heard.
+    UserError, when all else is answered, if some of several recordings have none.
     """
     started, alone, done, left_out = time.perf_counter(), len(args.audio) == 1, 0, []
     question = Question(args, model, tokenizer)
     room = max(len(tokenizer.encode(option)) + 1 for option in args.choices) if args.options else args.max_new
-    asked = map(question.about, listen(model, args.audio, left_out))
-    for batch in grouped(asked, lambda pair: len(pair[0].ids) + room):
+    asked = listen(question, args.audio, left_out)
+    for batch in grouped(asked, lambda pair: len(pair[0].ids) + room, model.config.lm.max_positions):
         samples, windows = [sample for sample, _ in batch], {place: w for _, of_one in batch for place, w in of_one.items()}
         state, logits_BV = read(model, tokenizer, samples, windows, room)
         printer = Printer(tokenizer, *([] if alone else [lambda words: None]))
@@ -306,7 +315,7 @@ def ask(args: Args, model: AudioFlamingo, tokenizer: Tokenizer, sampling: Sampli
             draw = dataclasses.replace(sampling, seed=sampling.seed + done)
             answers = answer(model, tokenizer, state, logits_BV, draw, args.max_new, printer)
             printer.close()
-            said = ["" if alone else tokenizer.decode(ids) for ids in answers]
+            said = ["" if alone else " ".join(tokenizer.decode(ids).splitlines()) for ids in answers]     # a line for each recording
         for sample, words in zip(samples, said):
             tqdm.write(words if alone else f"{sample.audios[-1][0]}:" + ("\n" if args.options else " ") + words)
         sys.stdout.flush()
@@ -319,7 +328,7 @@ def ask(args: Args, model: AudioFlamingo, tokenizer: Tokenizer, sampling: Sampli
         plots.answer_picture(Path(args.plot), model, tokenizer, hear(model, args.audio[0]), samples[0].ids, words, state.audio)
     if left_out:
         more = f" and {len(left_out) - 5} more" if len(left_out) > 5 else ""
-        raise UserError(f"{len(left_out)} of {len(args.audio)} recordings could not be heard, see above: {', '.join(left_out[:5])}{more}")
+        raise UserError(f"{len(left_out)} of {len(args.audio)} recordings have no answer, see above: {', '.join(left_out[:5])}{more}")
 
 
 def main() -> None:

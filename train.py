@@ -117,6 +117,10 @@ def parse_arguments() -> Args:
     args = with_defaults(args)
     if args.resume or again and saved in (asdict(args), asdict(with_defaults(asked))):        # its own model may be there by now
         args = with_defaults(cli.parse(Args, description=__doc__, saved={**saved, "resume": True}))
+    named = any(word.split("=")[0] == "--name" for word in sys.argv)
+    if not (args.resume or named) and saved.get("data", args.data) != args.data and (run / "model.safetensors").exists():
+        raise UserError(f"{run} holds a model trained on {' '.join(saved['data'])}, which this training would replace: give the new one "
+                        f"another --name (or --name {args.name} to replace it)")
     if args.seed >= 1 << 43:
         raise UserError(f"--seed {args.seed}: expected less than 2**43; every step makes its own of it")
     cli.at_least(args, seed=0, steps=0, lr=0, batch=0, batch_tokens=0, accumulate=1, checkpoint_every=1)
@@ -163,6 +167,8 @@ def train(args: Args, world: World, folders, run: Path) -> None:
     if "clap" in left and (batch := stage_settings(args, "clap").batch) % (4 * world.size):
         raise UserError(f"--batch {batch}: the clap stage needs a multiple of 4 windows a process ({world.size} processes)")
     tokenizer, config, weights = start_from(args, folders, run, world)
+    if world.rank == 0:
+        data.warn_of_long(folders, config.audio.max_seconds)
     torch.manual_seed(args.seed)
     everything = Everything(config).to(world.device)
     if found:
@@ -202,7 +208,9 @@ def train(args: Args, world: World, folders, run: Path) -> None:
             checkpoint.write_tensors(run / checkpoint.TEXT_TOWER, everything.text_tower.state_dict())
         checkpoint.save_run(run, everything.model, config, tokenizer, {"args": asdict(args)})
     print(f"{run}: " + footer(everything, lines, time.time() - started, world))
-    if args.evaluate:
+    if args.evaluate and not manifest.read_rows(folders[0][0] / "test.jsonl"):
+        print(f"warning: {folders[0][0]}: its test split is empty: not scored, no report.png", file=sys.stderr)
+    elif args.evaluate:
         everything = None                                          # scoring needs its memory
         cli.return_freed_memory()
         from af_min import evaluate
@@ -255,6 +263,15 @@ def check_rows(folders, stages: tuple[str, ...]) -> None:
                     raise UserError(f"{folder / file}: is not there; the manifest names it, so prepare the data set again")
 
 
+def check_answers(folders, stages: tuple[str, ...], args: Args, tokenizer, config) -> None:
+    """UserError where every answer is too long for the stage, before an earlier run of this name is removed."""
+    stage = stages[-1]
+    limit = min(stage_settings(args, stage).max_tokens, config.lm.max_positions)
+    rows = (row for folder, _ in folders for row in data.rows_of(folder, "train", stage))
+    if stage != "clap" and not any(data.tokenized([row], tokenizer, limit)[0] for row in rows):
+        raise UserError(f"{', '.join(str(folder) for folder, _ in folders)}: every answer ends beyond the {limit} tokens of a sample: shorten them")
+
+
 def start_from(args: Args, folders, run: Path, world: World):
     """-> tokenizer, configuration, weights (None: random, or in the checkpoint): of the interrupted run, of --init, of --lm, or new."""
     weights, home = None, run if args.resume else Path(args.init) if args.init else None
@@ -275,6 +292,7 @@ def start_from(args: Args, folders, run: Path, world: World):
                   "model that have learned nothing; without --stage they are trained first", file=sys.stderr)
         if (run / "config.json").exists():
             check_rows(folders, stages_of(args))
+            check_answers(folders, stages_of(args), args, tokenizer, config)
         with checkpoint.writing(run):
             run.mkdir(parents=True, exist_ok=True)
             checkpoint.forget(run, but_weights=bool(home) and home.resolve() == run.resolve())

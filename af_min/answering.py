@@ -7,6 +7,7 @@ each of some answers:
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -24,14 +25,18 @@ MAX_NEW = 24           # tokens of an answer, at most
 BATCH_TOKENS = 8000    # padded tokens of one batch: 1.5 GB of cache with `af1` in bfloat16
 
 
-def grouped(items: Iterable, length: Callable) -> Iterator[list]:
-    """Items in their order, as many together as make BATCH_TOKENS tokens when all are padded to the longest (at least one)."""
+def grouped(items: Iterable, length: Callable, limit: float = math.inf) -> Iterator[list]:
+    """Items in their order, as many together as make BATCH_TOKENS tokens when all are padded to the longest (at least one).
+
+    One longer than `limit`, the tokens that the model holds, only with others as long: padding would cut the shorter ones' answers."""
     batch, longest = [], 0
     for item in items:
-        longest = max(longest, length(item))
-        if batch and (len(batch) + 1) * longest > BATCH_TOKENS:
+        own = length(item)
+        most = max(longest, own)
+        if batch and ((len(batch) + 1) * most > BATCH_TOKENS or most > limit and own != longest):
             yield batch
-            batch, longest = [], length(item)
+            batch, most = [], own
+        longest = most
         batch.append(item)
     if batch:
         yield batch
@@ -50,7 +55,11 @@ def read(model: AudioFlamingo, tokenizer: Tokenizer, samples: list[Sample], embe
     if length >= limit:
         raise UserError(f"the question is {length} tokens long, shots included; this model holds {limit}: shorten it")
     state = model.start(model.listen(batch.windows_AWD, batch.n_windows_BN), limit if room is None else min(limit, length + room))
-    return state, model.read(batch.ids_BT, state, None if batch.mask_BT.all() else batch.mask_BT)
+    logits_BV = model.read(batch.ids_BT, state, None if batch.mask_BT.all() else batch.mask_BT)
+    if logits_BV.isnan().any():
+        kind = str(model.lm.embed.weight.dtype).removeprefix("torch.")
+        raise UserError(f"the model computes NaN: its weights hold one, or its numbers do not fit {kind} (convert it again with another --dtype)")
+    return state, logits_BV
 
 
 def answer(model: AudioFlamingo, tokenizer: Tokenizer, state: State, logits_BV: torch.Tensor, sampling: Sampling, max_new: int,
@@ -120,7 +129,8 @@ class Answerer:
     def batches(self, rows: list[dict]) -> Iterator[list[int]]:
         """The numbers of the rows in batches, each of rows of similar length."""
         lengths = [len(write_sample(self.tokenizer, row, complete=False).ids) for row in rows]
-        return grouped(sorted(range(len(rows)), key=lengths.__getitem__), lengths.__getitem__)
+        return grouped(sorted(range(len(rows)), key=lengths.__getitem__), lengths.__getitem__,
+                       self.model.config.lm.max_positions - self.max_new)
 
     def answer(self, rows: list[dict]) -> list[str]:
         """Answers in the order of `rows`."""

@@ -213,6 +213,8 @@ def forget(run: Path, but_weights: bool) -> None:
     """
     for name in ("log.jsonl", "scores.json", "report.png", *("model.safetensors", TEXT_TOWER) * (not but_weights)):
         (run / name).unlink(missing_ok=True)
+    for path in (*run.glob("scores-*.json"), *run.glob("similarity-*.png")):
+        path.unlink()
     for name in (*CHECKPOINTS, "checkpoint.partial"):
         shutil.rmtree(run / name, ignore_errors=True)
 

@@ -8,6 +8,7 @@ the steps before it, and a resumed run sees what the interrupted one would have 
 from __future__ import annotations
 
 import bisect
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -62,6 +63,15 @@ def tokenized(rows: list[dict], tokenizer: Tokenizer, max_tokens: int, described
     samples = [write_sample(tokenizer, row, described, max_tokens=max_tokens) for row in flat]
     kept = [(s, row["task"]) for s, row in zip(samples, flat) if any(label != IGNORE for label in s.labels[1:])]
     return [s for s, _ in kept], [task for _, task in kept]
+
+
+def warn_of_long(folders, max_seconds: float) -> None:
+    """Tell how many recordings hold more than the model hears; a tenth of a second more does not count."""
+    for folder, _ in folders:
+        seconds = {row["audio"]: row.get("seconds", 0) for row in manifest.read_rows(folder / "train.jsonl") if row.get("audio")}
+        if long := sum(length > max_seconds + 0.1 for length in seconds.values()):
+            print(f"warning: {folder}: {long} of {len(seconds)} recordings are longer than the {max_seconds:g} s that the model hears; of what "
+                  "follows it learns nothing", file=sys.stderr)
 
 
 def recordings(rows: list[dict]) -> list[tuple[str, float]]:
@@ -166,7 +176,8 @@ class WindowCaptions:
             groups.setdefault(row["audio"], []).append(row)
         self.groups = list(groups.values())
         if not self.groups:
-            raise UserError("nothing to train the window encoder on: no row has the task WindowText")
+            raise UserError("nothing to train the window encoder on: no row has the task WindowText; your own recordings teach a trained model: "
+                            "--stage sft --init RUN")
         self.size, self.seed, self.each = size, seed, each
 
     def batch(self, step: int) -> list[dict]:

@@ -236,7 +236,7 @@ def _resolved(dataset: str, entries: Iterator[dict], found: readers.Source) -> l
                 continue
             file = found.find(name)
             if not file:
-                missing[name] = True
+                missing[name.removeprefix("/")] = True
             elif split and str(split).lower() not in folder.SPLIT_NAMES:
                 problems["row with a split that is not train, val or test"].append(f"{where} ({split!s:.20})")
             else:

@@ -120,6 +120,8 @@ def main() -> None:
           f"recording; {picture}")
     if args.threshold > -1:
         good = kept(dialogues, own, args.threshold)
+        if not good:
+            raise UserError(f"--threshold {args.threshold}: no turn fits so well; train.jsonl is left as it is")
         manifest.write_rows(folder / "train.jsonl", [row for row in rows if not filtered(row)] + good)
         manifest.update_card(folder, dialogue_filter=args.threshold)
         print(f"{sum(len(row['turns']) for row in good)} turns of {len(good)} dialogues stay; "

@@ -37,6 +37,7 @@ SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "va
                "test": "test", "testing": "test", "eval": "test"}
 COLUMNS = ("file", "answer", "prompt", "split", "task", "group")
 FORM = ("task", "prompt", "answer", "answers", "turns", "group")      # fields of a row that an entry brings
+MAX_SECONDS = 60.0         # of a recording that are kept
 ADVICE = "put a CSV with the header file,answer (or file,prompt,answer) into it"
 
 
@@ -57,7 +58,7 @@ class Report:
         return "\n".join(lines)
 
 
-def import_folder(source, out, sample_rate: int, *, seed: int = 0, val: float = 0.1, test: float = 0.2, max_seconds: float = 60.0,
+def import_folder(source, out, sample_rate: int, *, seed: int = 0, val: float = 0.1, test: float = 0.2, max_seconds: float = MAX_SECONDS,
                   labels_from_names: bool = False, progress: Callable[[Iterable], Iterable] = iter) -> Report:
     """Write the data set `out` from the folder `source`. Longer recordings keep their first `max_seconds` (and are reported).
 
@@ -84,7 +85,7 @@ def import_folder(source, out, sample_rate: int, *, seed: int = 0, val: float = 
 
 
 def write_dataset(out, entries: list[dict], paths: dict[str, Path], report: Report, sample_rate: int, *, where: str, seed: int = 0,
-                  val: float = 0.1, test: float = 0.2, max_seconds: float = 60.0, progress: Callable[[Iterable], Iterable] = iter,
+                  val: float = 0.1, test: float = 0.2, max_seconds: float = MAX_SECONDS, progress: Callable[[Iterable], Iterable] = iter,
                   **facts) -> Report:
     """Write the data set `out`: the one way for every recording that comes in.
 
@@ -99,7 +100,7 @@ def write_dataset(out, entries: list[dict], paths: dict[str, Path], report: Repo
             try:
                 stored[name] = _store(paths[name], folder / "audio", sample_rate, max_seconds, report, name)
             except AudioError as error:
-                report.problems[error.reason].append(name)
+                report.problems["silent (the first channel, the only one heard)" if error.reason == "silent" else error.reason].append(name)
         entries = _distinct([entry for entry in entries if entry["file"] in stored], stored, report)
         if not entries:
             found = "; ".join(f"{reason}: {len(names)}, e.g. {names[0]}" for reason, names in report.problems.items() if names)
@@ -107,7 +108,7 @@ def write_dataset(out, entries: list[dict], paths: dict[str, Path], report: Repo
             raise UserError(f"{where}: no usable recording ({found or nothing})")
         _fill_in(entries)
         splits, split_of = _split(entries, stored, seed, val, test)
-        rows, kept = defaultdict(list), []
+        rows, kept, asked = defaultdict(list), [], {}
         for entry in entries:
             content, seconds = stored[entry["file"]]
             split = splits[content]
@@ -116,9 +117,14 @@ def write_dataset(out, entries: list[dict], paths: dict[str, Path], report: Repo
                 report.problems["its sound or group is in another split"].append(entry["file"])
                 continue
             kept.append(entry)
-            rows[split].append(
-                {"audio": f"audio/{content}.flac", "start": 0.0} | {name: entry[name] for name in FORM if entry.get(name)}
-                | {"seconds": seconds, "file": entry["file"]})
+            row = {"audio": f"audio/{content}.flac", "start": 0.0} | {name: entry[name] for name in FORM if entry.get(name)} \
+                | {"seconds": seconds, "file": entry["file"]}
+            same = asked.setdefault((content, entry["task"], entry.get("prompt")), row)
+            if split == "train" or same is row or "turns" in row or "turns" in same:
+                rows[split].append(row)
+            else:                                          # a further answer to a question that is scored: any of them is right
+                same["answers"] = list(dict.fromkeys(answer for of in (same, row) for answer in of.get("answers") or [of["answer"]]))
+                same.pop("answer", None)
         used = {row["audio"] for split in rows.values() for row in split}
         for path in (folder / "audio").iterdir():
             if f"audio/{path.name}" not in used:
@@ -161,10 +167,15 @@ def walk(root, *apart) -> Iterator[Path]:
 
 def _audio_files(source: Path, out: Path, report: Report) -> dict[str, Path]:
     """Readable name, relative to `source` with forward slashes -> file."""
-    found = {}
+    found, prepared = {}, {}
     for path in walk(source, out):
         name = readable(path.relative_to(source).as_posix())
-        if name.lower().endswith(audio_files.EXTENSIONS):
+        above = [folder for folder in path.parents if folder != source and source in folder.parents]
+        if any(prepared.setdefault(folder, (folder / manifest.CARD).is_file()) for folder in above):
+            report.problems["inside of a prepared data set"].append(name)
+        elif name in found:
+            report.problems["a second file of this name (its letters stored in another way)"].append(name)
+        elif name.lower().endswith(audio_files.EXTENSIONS):
             found[name] = path
         elif not name.lower().endswith(".csv"):
             report.problems["not a wav, flac, ogg or mp3"].append(name)
@@ -208,6 +219,8 @@ def _from_csv(table: Path, files: dict[str, Path], report: Report) -> list[dict]
             else:
                 raw = cells[header.index("file")].strip().replace("\\", "/")
                 name = unicodedata.normalize("NFC", str(PurePosixPath(raw)))
+                home = f"{readable(table.parent.resolve().as_posix())}/"
+                name = name.removeprefix(home)
                 if name in files:
                     entries.append({**entry, "file": name})
                 else:
@@ -238,6 +251,12 @@ def _from_names(source: Path, files: dict[str, Path], by_file: bool, report: Rep
     return entries
 
 
+def stored_as(recording: audio.Recording) -> tuple[np.ndarray, str]:
+    """16-bit samples, and the name that their file has in a data set."""
+    samples = np.round(recording.samples * 32767).astype(np.int16)
+    return samples, hashlib.sha256(samples.tobytes()).hexdigest()[:24]
+
+
 def _store(path: Path, folder: Path, sample_rate: int, max_seconds: float, report: Report, name: str) -> tuple[str, float]:
     """Check and convert one recording: (content hash, seconds). AudioError says what is wrong with it."""
     audio_files.inspect(path)
@@ -246,8 +265,7 @@ def _store(path: Path, folder: Path, sample_rate: int, max_seconds: float, repor
         raise AudioError(path, "silent", f"its first {max_seconds} s hold nothing but zeros")
     if recording.dropped_seconds > 0:
         report.problems[f"what lies beyond {max_seconds:g} s of a recording"].append(f"{name} ({recording.dropped_seconds:.1f} s)")
-    samples = np.round(recording.samples * 32767).astype(np.int16)
-    content = hashlib.sha256(samples.tobytes()).hexdigest()[:24]
+    samples, content = stored_as(recording)
     if not (folder / f"{content}.flac").exists():
         soundfile.write(folder / f"{content}.flac", samples, sample_rate, format="FLAC", subtype="PCM_16")
     return content, round(recording.seconds, 4)

@@ -9,12 +9,14 @@ Colours are the colour-blind-safe set of Okabe and Ito; heat maps are viridis an
 """
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import torch
 
+warnings.filterwarnings("ignore", "Glyph .* missing from")       # a caption in letters that the font lacks: boxes stand for them
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
@@ -214,12 +216,18 @@ def few_shot_row(rows: list[dict]) -> dict:
     if shown:
         return next((row for row in shown if row["task"] == "FewShotSeen"), shown[0])
     plain = [{**row, "answer": row.get("answer") or row["answers"][0]} for row in rows if "turns" not in row][:3]
-    return {**plain[-1], "shots": plain[:-1]}
+    return {**plain[-1], "shots": plain[:-1]} if plain else {**spoken(rows[0]), "shots": []}
+
+
+def spoken(row: dict) -> dict:
+    """A dialogue's first turn as a question, still written as a dialogue."""
+    return {**row, "turns": row["turns"][:1], "prompt": row["turns"][0]["user"], "answer": row["turns"][0]["assistant"]}
 
 
 def scene_row(rows: list[dict]) -> dict:
     """The first caption of three or more events; without one, the first caption, or the first row."""
-    captions = [row for row in rows if row["task"] == "AudioCaptioning"] or [row for row in rows if "turns" not in row]
+    captions = [row for row in rows if row["task"] == "AudioCaptioning"] or [row for row in rows if "turns" not in row] or \
+        [spoken(rows[0])]
     return next((row for row in captions if row.get("answer", "").count(" then ") >= 2), captions[0])
 
 

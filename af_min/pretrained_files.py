@@ -183,6 +183,9 @@ def read_table(entries: dict[str, Entry], table: dict[str, str], shapes: dict[st
         if entries[theirs].shape != tuple(shapes[ours]):
             raise UserError(f"{where}: tensor {theirs!r} has shape {entries[theirs].shape}, expected {tuple(shapes[ours])} "
                             f"of {wanted}")
+        if not entries[theirs].dtype.is_floating_point and "num_batches" not in theirs:
+            raise UserError(f"{where}: tensor {theirs!r} holds {str(entries[theirs].dtype).removeprefix('torch.')}; expected "
+                            "floating-point numbers (quantised weights are not read)")
     return {ours: entries[theirs].read(dtype) for ours, theirs in table.items()}
 
 

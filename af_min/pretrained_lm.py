@@ -160,7 +160,10 @@ def opt_config(values: dict, where: str) -> LMConfig:
 
 def llama_config(values: dict, where: str) -> LMConfig:
     width, heads, qwen = values["hidden_size"], values["num_attention_heads"], values["model_type"] == "qwen2"
-    rope = {**(values.get("rope_scaling") or {}), **(values.get("rope_parameters") or {})}     # the old and the new place
+    old, new = values.get("rope_scaling") or {}, values.get("rope_parameters") or {}           # the old and the new place
+    if old and new and old.get("rope_type", old.get("type", "default")) != new.get("rope_type", new.get("type", "default")):
+        raise UserError(f"{where}: rope_scaling says {old}, rope_parameters says {new}; keep one of them")
+    rope = {**old, **new}
     kind = rope.get("rope_type", rope.get("type", "default"))
     require({"rope_type": kind}, where, rope_type=("default", "llama3"))
     scaling = tuple(float(rope[name]) for name in LLAMA3_ROPE) if kind == "llama3" else ()

@@ -43,11 +43,22 @@ class Source:
         if Path(name).suffix.lower() not in (*EXTENSIONS, ".csv", ".json", ".txt", ".yaml"):
             return next(filter(None, (self.find(name + extension) for extension in EXTENSIONS)), None)
         strict, name = name.startswith("/"), _plain(name.lstrip("/"))
+        if name in self.paths:
+            return name
         alike = self.close.get(_letters(name), [])
         exact = [path for path in alike if f"/{path}".endswith(f"/{name}")]
         named = [path for path in alike if path.rsplit("/")[-1] == name.rsplit("/")[-1]]
         best = exact or (named or alike if not strict else [])
         return best[0] if exact or len(best) == 1 else None
+
+    def meant(self, name: str, table: str) -> list[str]:
+        """Recordings that a user's own table may mean by a name: the one beside the table, else the one below the folder, else all whose
+        path ends so. Never one of a similar name."""
+        names = [_plain(name)] if name.lower().endswith(EXTENSIONS) else [_plain(name) + extension for extension in EXTENSIONS]
+        for path in (f"{place}/{plain}".lstrip("/") for place in (table.rpartition("/")[0], "") for plain in names):
+            if path in self.paths:
+                return [path]
+        return [path for path in self.recordings() if f"/{path}".endswith(tuple(f"/{plain}" for plain in names))]
 
     def recordings(self) -> list[str]:
         return [name for name in self.paths if name.lower().endswith(EXTENSIONS)]
@@ -290,5 +301,12 @@ def dialogues(s: Source) -> Iterator[dict]:
         items = s.json(table, [])
         for number, item in enumerate(items if isinstance(items, list) else [items]):
             item = item if isinstance(item, dict) else {}
-            yield {"file": item.get("audio") or item.get("audio_id") or item.get("name"), "task": "Dialogue",
+            name = item.get("audio") or item.get("audio_id") or item.get("name")
+            if isinstance(name, str) and name.strip():
+                means = s.meant(name, table)
+                if len(means) > 1:
+                    s.report.problems["name that several recordings have"].append(f"{table} item {number} ({name})")
+                    continue
+                name = f"/{(means or [name.lstrip('/')])[0]}"                    # "/": no recording of a similar name
+            yield {"file": name, "task": "Dialogue",
                    "split": item.get("split") or "", "turns": item.get("turns") or item.get("dialogue"), "where": f"{table} item {number}"}

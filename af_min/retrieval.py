@@ -38,6 +38,7 @@ from . import audio, checkpoint, cli, data, manifest
 from .cli import UserError, flag
 from .engine import World
 from .flamingo import AudioFlamingo
+from .folder import MAX_SECONDS, stored_as
 from .stages import embed
 from .store import Place, Store, content, recording_key
 from .text import SAME_AS
@@ -144,6 +145,7 @@ class Library:
 
         stores: those that several libraries share. UserError: no data set there, or none of its training rows is of the task.
         """
+        self.task = task
         self.rows: dict[Place, list[dict]] = {}
         self.windows: dict[Place, np.ndarray] = {}
         self.stored: list[tuple[Store, Place]] = []        # of recording n
@@ -183,7 +185,8 @@ class Library:
         own, alike = list(map(self.origin, keys)), Counter(self.origins)
         most = max((alike[origin] for origin in own), default=0)
         if len(self.stored) - most < k:
-            raise UserError(f"--shots {k}: there are only {len(self.stored) - most} other recordings of this task")
+            raise UserError(f"--shots {k}: there are only {len(self.stored) - most} other recordings of the task {self.task} (copies and the "
+                            "question's own group left out)")
         if choice == "nearest":
             order = neighbours(vectors_QD, self.vectors_ND, k + most, self.device)
         else:
@@ -197,9 +200,18 @@ class Library:
         rows = self.rows[self.places[n]]
         return next((row for row in rows if row["prompt"].lower() == prompt.lower()), rows[0])
 
+    def own_copy(self, heard: Heard) -> str | None:
+        """The key of this very recording in a data set that was imported from it (folder.py), whatever its file was."""
+        for store in {id(store): store for store, _ in self.stored}.values():
+            if rate := manifest.read_card(store.folder).get("sample_rate"):
+                _, content = stored_as(audio.load(heard.path, rate, max_seconds=MAX_SECONDS))
+                if key := store.keys.get((f"audio/{content}.flac", 0.0)):
+                    return key
+        return None
+
     def shots(self, heard: Heard, k: int, choice: str, prompt: str, seed: int = 0) -> list[dict]:
         """k rows as shots for a recording, the nearest last, beside the question (or k at random by seed and content)."""
-        chosen = self.choose([heard.key], pooled(heard.windows_WD)[None], k, choice, seed)[0]
+        chosen = self.choose([self.own_copy(heard) or heard.key], pooled(heard.windows_WD)[None], k, choice, seed)[0]
         return [self.example(n, prompt) for n in reversed(chosen)]
 
 

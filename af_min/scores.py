@@ -78,9 +78,10 @@ def blind_answers(rows: list[dict], train: list[dict]) -> list[str]:
     by_prompt, by_task = defaultdict(Counter), defaultdict(Counter)
     for row in train:
         for answer in row.get("answers", [row["answer"]] if "answer" in row else []):
-            by_prompt[row["task"], row["prompt"]][answer] += 1
+            answer = metrics.normalized(answer)
+            by_prompt[row["task"], row["prompt"].lower()][answer] += 1
             by_task[row["task"]][answer] += 1
-    return [(by_prompt.get((r["task"], r["prompt"])) or by_task[r["task"]]).most_common(1)[0][0] if by_task[r["task"]] else ""
+    return [(by_prompt.get((r["task"], r["prompt"].lower())) or by_task[r["task"]]).most_common(1)[0][0] if by_task[r["task"]] else ""
             for r in rows]
 
 

@@ -9,6 +9,7 @@ its data sets are shares of the samples drawn here, data.py.)
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,6 +145,9 @@ class TextStage:
             store = embed(model, folder, rows, world) if self.listening else None
             limit = min(c.max_tokens, model.config.lm.max_positions)
             datasets.append(data.Dataset(str(folder), *data.tokenized(rows, tokenizer, limit, stage == "lm"), store, weight))
+            answers = sum(len(row.get("answers", [0])) for row in rows)
+            if (lost := answers - len(datasets[-1].samples)) and world.rank == 0:
+                print(f"warning: {folder}: {lost} of {answers} answers end beyond {limit} tokens: nothing is learned from them", file=sys.stderr)
             most, slots = max((len(s.audios) for s in datasets[-1].samples), default=0), model.config.representation.max_audios
             if most > slots:
                 raise UserError(f"{folder}: a row with {most} recordings, its shots included; this model takes {slots}: "

@@ -111,6 +111,21 @@ def prepared(tmp_path_factory):
     return found
 
 
+def test_a_dialogue_is_about_the_recording_that_it_names_and_no_similar_one(tmp_path):
+    """Beside its table first, then below the folder, then the only path that ends so; else it is not there, or told to be unclear."""
+    talk = [{"user": "what is it?", "assistant": "a bell."}]
+    for n, (folder, files, names) in enumerate([("anna", ["000", "d10"], ["000.wav", "d1-0.wav"]), ("bert", ["000"], ["000.wav"]),
+                                                (".", ["only/here"], ["carl/000.wav", "000", "bert/000", "here.wav"])]):
+        for m, file in enumerate(files):
+            (tmp_path / "in" / folder / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "in" / folder / f"{file}.wav").write_bytes(published.wav(10 * n + m))
+        (tmp_path / "in" / folder / f"{n}.json").write_text(json.dumps([{"audio": name, "turns": talk} for name in names]))
+    report = datasets.prepare("dialogues", tmp_path / "out", str(tmp_path / "in"), sample_rate=RATE)
+    assert sorted(row["file"] for row in rows_of(tmp_path / "out")) == ["anna/000.wav", "bert/000.wav", "only/here.wav"]
+    assert report.problems["recording that is not there"] == ["carl/000.wav", "d1-0.wav"]
+    assert report.problems["name that several recordings have"] == ["2.json item 1 (000)"]
+
+
 @pytest.mark.parametrize("name", datasets.TABLE)
 def test_the_published_layout_becomes_rows(prepared, name, tokenizer):
     out, report = prepared[name]

@@ -81,6 +81,8 @@ def test_mistakes_are_named_and_change_nothing(command, place):
                         (["--run", "none"], "none: no trained model")):
         (_, said), _ = command(*flags)
         assert said.startswith("error: ") and says in said
+    (_, said), rows = command("--threshold", "0.9999")
+    assert "--threshold 0.9999: no turn fits" in said and len(rows) == 9
     (place[0] / "run" / checkpoint.TEXT_TOWER).unlink()
     (_, said), rows = command("--threshold", "0.9")
     assert "text_tower.safetensors: missing" in said and len(rows) == 9

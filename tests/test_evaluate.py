@@ -179,6 +179,12 @@ def test_any_annotators_answer_is_right_and_unanimous_questions_are_scored_apart
     assert set(evaluate.measures("AQA", ["yes"], [["yes"]])) == {"exact"}
 
 
+def test_the_commonest_answer_is_counted_as_answers_are_scored():
+    """Capitals and full stops make no other answer."""
+    train = [{"task": "AQA", "prompt": "Which?", "answer": answer} for answer in ("Dog", "dog.", "DOG", "cat", "cat")]
+    assert scores.blind_answers([{"task": "AQA", "prompt": "which?"}], train) == ["dog"]
+
+
 def test_captions_of_music_are_captions_too():
     said, references = ["a dog", "rain"], [["a dog"], ["a bell"]]
     expected = evaluate.measures("AudioCaptioning", said, references)

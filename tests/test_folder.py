@@ -90,9 +90,31 @@ def test_copies_of_a_sound_never_stand_in_two_splits(src, out):
     csv(src, "\n".join(lines))
     report = import_folder(src, out, RATE)
     rows, where = rows_of(out), {}
-    assert len(rows) == 60 and report.card["recordings"] == 30
+    assert sum(len(row.get("answers", [1])) for row in rows) == 60 and report.card["recordings"] == 30
     for row in rows:
         assert where.setdefault(row["audio"], row["split"]) == row["split"]
+        assert ("answers" in row) == (row["split"] != "train"), "one question with two right answers is scored once"
+
+
+def test_what_lies_in_a_prepared_set_is_no_recording_of_the_folders(src, out):
+    """A first import into the folder itself must not become a class "audio" of the second; nor may one of two names that read alike vanish."""
+    for kind in ("dog", "cat"):
+        for n in range(3):
+            sound(src / kind / f"{n}.wav", n + 3 * (kind == "cat"))
+    import_folder(src, src / "prepared", RATE)
+    sound(src / "dog" / unicodedata.normalize("NFC", "ü.wav"), 8)
+    sound(src / "dog" / unicodedata.normalize("NFD", "ü.wav"), 9)
+    report = import_folder(src, out, RATE)
+    assert {row["answer"] for row in rows_of(out)} == {"dog", "cat"} and report.card["recordings"] == 7
+    assert len(report.problems["inside of a prepared data set"]) == 6 + 4 and sum(map(len, report.problems.values())) == 11
+
+
+def test_a_table_may_name_its_files_from_the_root(src, out):
+    for n in range(4):
+        sound(src / f"{n}.wav", n)
+    csv(src, "file,answer\n" + "".join(f"{src.resolve()}/{n}.wav,a\n" for n in range(4)) + "/elsewhere/0.wav,a\n")
+    report = import_folder(src, out, RATE)
+    assert len(rows_of(out)) == 4 and report.problems == {"row naming a file that is not there": ["labels.csv:6 (/elsewhere/0.wav)"]}
 
 
 def test_captions_questions_and_given_splits(src, out):
@@ -231,7 +253,7 @@ def test_every_bad_file_and_row_is_counted_and_named(src, out):
     report = import_folder(src, out, RATE)
     found = {reason: names for reason, names in report.problems.items()}
     assert found.pop("truncated") == ["cut.flac"] and found.pop("empty") == ["zero.wav"] and found.pop("unreadable") == ["text.wav"]
-    assert found.pop("silent") == ["silent.wav"] and found.pop("too short") == ["short.wav"] and found.pop("NaN") == ["nan.wav"]
+    assert found.pop("silent (the first channel, the only one heard)") == ["silent.wav"] and found.pop("too short") == ["short.wav"] and found.pop("NaN") == ["nan.wav"]
     assert found.pop("no usable row in the CSV") == ["nobody.wav"] and found.pop("not a wav, flac, ogg or mp3") == ["phone.m4a"]
     assert found.pop("row naming a file that is not there") == ["labels.csv:21 (missing.wav)", "labels.csv:22 (../outside.wav)", "labels.csv:23 (/etc/passwd)"]
     assert found.pop("row with too many or too few fields") == ["labels.csv:24", "labels.csv:25"]

@@ -151,3 +151,6 @@ def test_a_data_set_without_few_shot_rows_or_long_scenes_still_gives_rows_to_dra
     assert plots.scene_row(rows) is rows[0]
     row = plots.few_shot_row(rows)
     assert row["answer"] == "z" and [shot["answer"] for shot in row["shots"]] == ["x"]
+    talk = [{"audio": "a", "task": "Dialogue", "turns": [{"user": "what?", "assistant": "bell"}, {"user": "high?", "assistant": "no"}]}]
+    for row in (plots.scene_row(talk), plots.few_shot_row(talk)):
+        assert (row["prompt"], row["answer"], len(row["turns"]), row.get("shots", [])) == ("what?", "bell", 1, [])

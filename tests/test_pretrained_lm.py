@@ -124,6 +124,7 @@ def test_parameters_on_meta_keeps_buffers():
     ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "config.json: setting 'low_freq_factor' is missing"),
     ({"rope_scaling": {"type": "linear", "factor": 8.0}}, "rope_type is 'linear'; supported is 'default' or 'llama3'"),
     ({"rope_parameters": {"rope_type": "yarn", "factor": 8.0}}, "rope_type is 'yarn'; supported is 'default' or 'llama3'"),
+    ({"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, "keep one of them"),
     ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; supported is 'silu'"),
     ({"attention_bias": True}, "attention_bias is True and mlp_bias is False; supported is both or neither"),
     ({"vocab_size": None}, "vocab_size is None, expected a positive whole number"),
@@ -152,6 +153,7 @@ def test_missing_unexpected_and_misshapen_tensors_are_named(llama):
             ({k: v for k, v in state.items() if k != key}, f"tensor '{key}' is missing; expected a llama model of 2 layers"),
             ({**state, "model.layers.2.mlp.up_proj.weight": state[key].clone()}, "'model.layers.2.mlp.up_proj.weight' is unexpected"),
             ({**state, key: state[key][:-1].clone()}, rf"'{key}' has shape \(47, 32\), expected \(48, 32\)"),
+            ({**state, key: (50 * state[key]).to(torch.int8)}, f"'{key}' holds int8; expected floating-point numbers"),
             (state_of(OPT)[0], "is missing .*but it seems to be an OPT language model"),
             ({"bert.encoder.layer.0.attention.self.query.weight": torch.ones(2)}, "it seems to be a BERT"),
             ({"a": torch.ones(1)}, "it holds 1 tensors, such as a")):

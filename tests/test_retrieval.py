@@ -10,6 +10,7 @@ import torch
 from af_min import checkpoint, manifest, retrieval
 from af_min.cli import UserError
 from af_min.flamingo import AudioFlamingo
+from af_min.folder import import_folder
 from af_min.retrieval import Library, answers_task, hear, nearest, pooled
 from af_min.store import Store
 from conftest import shake
@@ -99,6 +100,19 @@ def test_a_recording_is_never_its_own_shot_even_under_another_name(model, folder
     for path in (folder / "audio/4.wav", tmp_path / "renamed.wav"):
         answers = {shot["answer"] for shot in library.shots(hear(model, path), 7, choice, "describe the sounds.")}
         assert answers == {f"tone {n}" for n in range(8)} - {"tone 4"}
+
+
+def test_a_recording_is_not_its_own_shot_in_the_form_that_an_import_gave_it(model, tmp_path):
+    """At another rate, in another container; the group of the imported one is left out, too."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "mine").mkdir()
+    for n in range(8):
+        soundfile.write(tmp_path / f"mine/{n}.wav", rng.uniform(-0.5, 0.5, 22_050), 22_050)
+    (tmp_path / "mine/a.csv").write_text("file,answer,group,split\n" + "".join(f"{n}.wav,tone {n},{n // 2},train\n" for n in range(8)))
+    import_folder(tmp_path / "mine", tmp_path / "data", 16_000)
+    library = Library(model, [str(tmp_path / "data")], "AudioCaptioning")
+    shots = library.shots(hear(model, tmp_path / "mine/4.wav"), 6, "nearest", "describe the sounds.")
+    assert {shot["answer"] for shot in shots} == {f"tone {n}" for n in range(8)} - {"tone 4", "tone 5"}
 
 
 def test_random_shots_depend_on_the_seed_and_the_recording_alone(model, folder, tmp_path):

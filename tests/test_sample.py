@@ -151,9 +151,36 @@ def test_one_of_several_that_cannot_be_heard_is_named_and_the_others_are_answere
     code, out, err = command("--audio", "dog.wav", "none.wav", "data/card.json", "bell.wav")
     assert (code, out) == (2, alone)
     assert "warning: none.wav: missing" in err and "warning: data/card.json: unreadable" in err
-    assert err.splitlines()[-1] == "error: 2 of 4 recordings could not be heard, see above: none.wav, data/card.json"
+    assert err.splitlines()[-1] == "error: 2 of 4 recordings have no answer, see above: none.wav, data/card.json"
     code, out, err = command("--audio", "none.wav", "none.wav")
     assert (code, out) == (2, "") and "2 of 2 recordings" in err
+
+
+def test_padding_never_takes_the_room_of_an_answer():
+    """Beyond what the model holds rows stand beside rows of their own length alone; below it they are mixed."""
+    assert list(answering.grouped([5, 9, 9, 5, 7, 8, 10], int, 8)) == [[5], [9, 9], [5, 7, 8], [10]]
+
+
+def test_a_recording_whose_examples_are_too_long_is_left_out_and_named(command, monkeypatch):
+    def longer(tokenizer, row, **others):
+        one = text.write_sample(tokenizer, row, **others)
+        return dataclasses.replace(one, ids=one.ids * 40) if row["audio"] == "dog.wav" else one
+    _, alone, _ = command("--audio", "bell.wav", "horn.wav", "--shots", 1)
+    monkeypatch.setattr(sample, "write_sample", longer)
+    code, out, err = command("--audio", "bell.wav", "dog.wav", "horn.wav", "--shots", 1)
+    assert (code, out) == (2, alone) and "warning: dog.wav: with its examples the question is" in err and "1 of 3 recordings" in err
+
+
+def test_every_recording_has_one_line_whatever_the_model_says(command, monkeypatch):
+    monkeypatch.setattr(text.Tokenizer, "decode", lambda self, ids: " a\n\nlist\r\n of")
+    assert command("--audio", "bell.wav", "dog.wav")[1] == "bell.wav:  a  list  of\ndog.wav:  a  list  of\n"
+
+
+def test_a_model_that_computes_nan_says_so(command, monkeypatch):
+    monkeypatch.setattr(AudioFlamingo, "read", lambda self, ids, *rest: torch.full((len(ids), 400), float("nan")))
+    for flags in ([], ["--options", "a,b"], ["--temperature", 1]):
+        code, out, err = command("--audio", "bell.wav", *flags)
+        assert (code, out) == (2, "") and "error: the model computes NaN" in err and "float32" in err
 
 
 def test_top_1_is_greedy_and_a_seed_gives_the_same_draw(command):
@@ -373,7 +400,7 @@ def test_typed_special_tokens_are_text(model, tokenizer, place):
     (["--audio", "dog.wav", "--chat", "--options", "a,b"], "--chat and --options"), (["--audio", "x", "--chat", "--prompt", "y"], "--chat and --pr"),
     (["--audio", "dog.wav", "--shots", "2", "--shot", "bell.wav", "x"], "use one of the two"),
     (["--audio", "dog.wav", "--shot", "none.wav", "x"], "none.wav: missing"), (["--audio", "dog.wav", "--shots", "9"], "9 audios at most"),
-    (["--audio", "dog.wav", "--shots", "6"], "--shots 6: there are only 5"), (["--audio", "dog.wav", "--shots", "1", "--task", "Nope"], "Nope"),
+    (["--audio", "dog.wav", "--shots", "6"], "--shots 6: there are only 5 other recordings of the task AudioCaptioning"), (["--audio", "dog.wav", "--shots", "1", "--task", "Nope"], "Nope"),
     (["--audio", "dog.wav", "--shots", "1", "--data", "nowhere"], "nowhere: no prepared data set"),
     (["--audio", "dog.wav", "--plot", "out.txt"], "must end with"), (["--audio", "dog.wav", "--plot", "nowhere/out.png"], "no such folder"),
 ])

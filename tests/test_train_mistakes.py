@@ -76,6 +76,32 @@ def test_a_mistake_costs_no_model_of_that_name(trained, scenes_data, tmp_path, c
     assert weights(tmp_path / "runs" / "run" / "model.safetensors") and (tmp_path / "runs" / "run" / "checkpoint").exists()
 
 
+def test_a_mistake_that_the_tokenizer_shows_costs_no_model_either(trained, scenes_data, tmp_path, capsys):
+    """Every answer too long; or another data set under the name that nobody gave, that of the model which it starts from."""
+    rows = [{**row, "answer": "bell " * 600} for row in manifest.read_rows(scenes_data / "train.jsonl") if row["task"] == "AudioCaptioning"][:3]
+    (a_data_set(tmp_path / "x", rows) / "audio").symlink_to(scenes_data / "audio")
+    flags = ["--preset", "micro", "--stage", "sft", "--data", "x"]
+    for name, more, says in (("run", ["--name", "run"], "x: every answer ends beyond the"),
+                             ("tiny", ["--init", "runs/tiny"], "runs/tiny holds a model trained on")):
+        shutil.copytree(trained[0], tmp_path / "runs" / name)
+        assert says in mistake(capsys, TRAIN, tmp_path, *flags, *more)
+        assert weights(tmp_path / "runs" / name / "model.safetensors") and (tmp_path / "runs" / name / "checkpoint").exists()
+
+
+def test_what_is_not_learned_from_is_told(scenes_data, tmp_path, capsys):
+    """Answers beyond the last token that fits, the end of long recordings; without test rows nothing is scored, and that is no error."""
+    rows = [row for row in manifest.read_rows(scenes_data / "train.jsonl") if row["task"] == "AudioCaptioning"][:6]
+    rows[0]["answer"], rows[1]["seconds"] = "bell " * 600, 30.0
+    (a_data_set(tmp_path / "x", rows) / "audio").symlink_to(scenes_data / "audio")
+    manifest.write_rows(tmp_path / "x" / "test.jsonl", [])
+    (tmp_path / "runs" / "run").mkdir(parents=True)
+    (tmp_path / "runs" / "run" / "scores-x.json").write_text("of an earlier model")
+    run_main(TRAIN, tmp_path, ["--preset", "micro", "--stage", "sft", "--data", "x", "--steps", 1, "--name", "run"])
+    said = capsys.readouterr().err
+    assert "x: 1 of 6 answers end beyond" in said and "x: 1 of 6 recordings are longer than the 5.2 s" in said and "not scored" in said
+    assert (tmp_path / "runs/run/model.safetensors").exists() and not (tmp_path / "runs/run/scores-x.json").exists()
+
+
 def test_what_reads_no_recordings_needs_none(trained, scenes_data, tmp_path):
     rows = manifest.read_rows(scenes_data / "train.jsonl")
     a_data_set(tmp_path / "x", [row for row in rows if row["task"] == "AudioCaptioning"][:20])
