@@ -12,6 +12,7 @@ The released checkpoints number <audio>, <|endofchunk|>, <SEP> behind the V toke
 front of a text that already begins with one, and the published model was trained so.
 
 Text is always encoded with special tokens switched off: a user who types "<audio>" or "</s>" has typed letters.
+(A Unigram vocabulary, which none of the models that we read has, would take "</s>" for its own piece.)
 """
 from __future__ import annotations
 
@@ -169,7 +170,8 @@ def published_tokenizer(folder: Path) -> PublishedTokenizer:
 
     def content(role: str) -> str | None:
         value = named.get(f"{role}_token")
-        return value.get("content") if isinstance(value, dict) else value
+        value = value.get("content") if isinstance(value, dict) else value
+        return value if isinstance(value, str) else None
 
     names = {role: content(role) for role in ("pad", "bos", "eos")}
     vocabulary = open_vocabulary(folder, [name for name in names.values() if name] + list(SPECIAL.values()))
