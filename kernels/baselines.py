@@ -14,6 +14,7 @@ import kernels
 
 from . import reference
 
+RESIDUAL = [(1, 2048, 512), (512, 2048, 512), (2500, 257, 70), (40, 2048, 8192), (1, 2048, 8192)]      # rows, D, E
 ODD = [(113, 203), (128, 217), (113, 211), (108, 256), (256, 512), (1023, 1024), (1024, 1023), (1, 128), (1, 4096), (17, 1)]
 
 
@@ -88,30 +89,38 @@ ATTENTION = {"ours": ours, "einsum, mask every call": einsum, "SDPA cuDNN": sdpa
              "flash-attn varlen": flash_varlen}
 
 
-def check(shapes=ODD, repeated=((8, 512, 128, 8), (1, 1023, 1024, 4)), repeats=250, device="cuda") -> None:
+def check(shapes=ODD, repeated=((8, 512, 128, 8), (1, 1023, 1024, 4)), repeats=250, device="cuda", residuals=RESIDUAL) -> None:
     """Kernels against float64 (bounds of test_kernels_interpreted.py), then bitwise equal repetitions; raises AssertionError."""
     def kernel(*tensors):
         return ours(*tensors)()
+
+    def compare(function, peers, inputs, kv_len, do, names, where):
+        dtype = inputs[0].dtype
+        found, peer, exact = (results(f, x, kv_len, do.to(x[0].dtype)) for f, x in (
+            (function, inputs), (peers, inputs), (peers, [x.detach().double().requires_grad_() for x in inputs])))
+        for i, name in enumerate(names):
+            rounded = exact[i].to(dtype)
+            bound = (3 if i else 2) * (peer[i].double() - exact[i]).abs().max() \
+                + 2 * (rounded + 0.3 - 0.3 - rounded).abs().max() + 32 * torch.finfo(torch.float32).eps
+            error = (found[i].double() - exact[i]).abs().max()
+            assert error <= bound, f"{name} at {where}, {dtype}: got error {error:.2e}, expected <= {bound:.2e}"
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for R, D, E in residuals:
+            x, a, w, gate = (torch.randn(*s, device=device) for s in ((R, D), (R, E), (D, E), (1,)))
+            inputs = [y.to(dtype).requires_grad_() for y in (x, a, w / E ** 0.5, gate)]
+            compare(lambda *y: kernels.gated_residual(*y[:4], backend="triton"), lambda *y: reference.gated_residual(*y[:4]),
+                    inputs, None, torch.randn(R, D, device=device), ("out", "dx", "da", "dweight"), f"rows {R}, D {D}, E {E}")
         for T, L in shapes:
             *inputs, kv_len, do = make(2, T, L, min(4, L), 2, dtype=dtype, device=device)
             kv_len[1, : T // 2] = 0
-            found, peer, exact = (results(function, x, kv_len, do.to(x[0].dtype)) for function, x in (
-                (kernel, inputs), (reference.attend, inputs),
-                (reference.attend, [x.detach().double().requires_grad_() for x in inputs])))
-            for i, name in enumerate(("out", "dq", "dk", "dv")):
-                rounded = exact[i].to(dtype)
-                bound = (3 if i else 2) * (peer[i].double() - exact[i]).abs().max() \
-                    + 2 * (rounded + 0.3 - 0.3 - rounded).abs().max() + 32 * torch.finfo(torch.float32).eps
-                error = (found[i].double() - exact[i]).abs().max()
-                assert error <= bound, f"{name} at T {T}, L {L}, {dtype}: got error {error:.2e}, expected <= {bound:.2e}"
+            compare(kernel, reference.attend, inputs, kv_len, do, ("out", "dq", "dk", "dv"), f"T {T}, L {L}")
     for shape in repeated:
         *inputs, kv_len, do = make(*shape, device=device)
         first = results(kernel, inputs, kv_len, do)
         for _ in range(repeats):
             again = results(kernel, inputs, kv_len, do)
             assert all(torch.equal(a, b) for a, b in zip(first, again)), f"a repetition at B, T, L, shots = {shape} differs"
-    print(f"correct on {len(shapes)} shapes in 3 precisions; {repeats} repetitions of {len(repeated)} equal bit by bit", flush=True)
+    print(f"correct on {len(shapes) + len(residuals)} shapes in 3 precisions; {repeats} repetitions of {len(repeated)} equal bit by bit", flush=True)
 
 
 def results(function, inputs, kv_len, do):

@@ -7,6 +7,7 @@ weights in bf16; a step reads one token into the caches and picks the next, an a
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 
 import torch
@@ -113,5 +114,6 @@ def table(bench) -> None:
                 for part in [part for part in ("prompt", "step") if part in runs and which == "triton"]:
                     bench.attempt("profile", shape, f"{name}, {part}", lambda: profile(runs[part], bench, f"{shape} {name} {part}"))
                 return times
+            gc.collect()                              # a profile keeps the optimizer of the step that it saw, 18 GB of numbers
             with bench.backend(which), torch.set_grad_enabled(train):
                 bench.attempt("model", shape, name, measure)

@@ -57,7 +57,7 @@ CONFIGS = {
                      (32, 4): (64, 32, 4, 1), (64, 4): (32, 32, 8, 1), (128, 4): (32, 16, 8, 1)},
     "dq": {(32, 2): (64, 64, 4, 2), (64, 2): (64, 64, 4, 2), (128, 2): (64, 64, 8, 2),
            (32, 4): (32, 32, 8, 2), (64, 4): (32, 32, 8, 2), (128, 4): (32, 32, 4, 2)},
-    "dkv": {(32, 2): (64, 64, 4, 2), (64, 2): (32, 64, 4, 3), (128, 2): (64, 64, 8, 2),
+    "dkv": {(32, 2): (64, 64, 4, 2), (64, 2): (64, 64, 4, 2), (128, 2): (64, 64, 8, 2),
             (32, 4): (32, 32, 8, 1), (64, 4): (32, 32, 8, 1), (128, 4): (32, 32, 8, 1)},
     "decode": {(width, size): (1, 64, 4, 2) for width in (32, 64, 128) for size in (2, 4)},
 }
@@ -94,7 +94,9 @@ def walk_keys(q, acc, m, l, k_ptr, v_ptr, n, low, high, stride_l, K: tl.constexp
         if EDGE:
             s = tl.where(j[None, :] < n[:, None], s, float("-inf"))
         m_new = tl.maximum(m, tl.max(s, 1) * scale)                 # a number is scaled and shifted in one instruction, below
-        shift = tl.where(m_new == float("-inf"), 0.0, m_new)        # a row that has seen no key yet: no inf - inf
+        shift = m_new
+        if EDGE:
+            shift = tl.where(m_new == float("-inf"), 0.0, m_new)    # a row that has seen no key yet: no inf - inf
         p = tl.exp2(s * scale - shift[:, None])
         shrink = tl.exp2(m - shift)
         l = l * shrink + tl.sum(p, 1)
@@ -179,16 +181,17 @@ def walk_queries(k, v, dk, dv, j, q_ptr, do_ptr, n_ptr, lse_ptr, delta_ptr, low,
         inside = t < T
         q = tl.load(q_ptr + t[:, None] * q_t + d[None, :], mask=inside[:, None], other=0.0)
         do = tl.load(do_ptr + t[:, None] * o_t + d[None, :], mask=inside[:, None], other=0.0)
-        lse = tl.load(lse_ptr + t, mask=inside, other=float("inf"))
+        lse = tl.load(lse_ptr + t, mask=inside, other=0.0)             # behind the last token p is 1, times q = do = 0
         delta = tl.load(delta_ptr + t, mask=inside, other=0.0)
-        s = product(k, tl.trans(q), tl.zeros([k.shape[0], BLOCK_T], tl.float32)) * (LOG2E * K ** -0.5)
-        p = tl.exp2(s - lse[None, :])
+        # Both products start from what is to be subtracted: afterwards, ptxas of triton 3.6 would let every wgmma wait for the one before.
+        s = product(k, tl.trans(q), tl.zeros([k.shape[0], BLOCK_T], tl.float32) - (lse * (1 / (LOG2E * K ** -0.5)))[None, :])
+        p = tl.exp2(s * (LOG2E * K ** -0.5))
         if EDGE:
             n = tl.load(n_ptr + t, mask=inside, other=0)
             p = tl.where(j[:, None] < n[None, :], p, 0.0)
         dv = product(p.to(do.dtype), do, dv)
-        dp = product(v, tl.trans(do), tl.zeros([k.shape[0], BLOCK_T], tl.float32))
-        dk = product((p * (dp - delta[None, :])).to(q.dtype), q, dk)
+        dp = product(v, tl.trans(do), tl.zeros([k.shape[0], BLOCK_T], tl.float32) - delta[None, :])
+        dk = product((p * dp).to(q.dtype), q, dk)
     return dk, dv
 
 
@@ -208,7 +211,7 @@ def xattn_dkv(q_ptr, k_ptr, v_ptr, n_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv
         blind += tl.sum((n <= first_key).to(tl.int32), 0)
         partial += tl.sum((n < first_key + BLOCK_L).to(tl.int32), 0)
     used = tl.load(n_ptr + T - 1)                                       # the last token sees all that any token sees
-    offset = b * k_b + h * k_h + j[:, None] * k_l + d[None, :]
+    offset = b * k_b + h * k_h + j[:, None] * k_l + d[None, :]          # not load_keys: with it the float32 tiles spill
     k = tl.load(k_ptr + offset, mask=j[:, None] < used, other=0.0)
     v = tl.load(v_ptr + offset, mask=j[:, None] < used, other=0.0)
     dk = tl.zeros([BLOCK_L, K], tl.float32)
