@@ -31,6 +31,7 @@ import soundfile
 from . import audio, audio_files, manifest
 from .audio_files import AudioError
 from .cli import UserError
+from .metrics import normalized
 
 PROMPTS = {"AudioClassification": "classify this sound.", "AudioCaptioning": "describe the sound in a sentence."}
 SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
@@ -285,8 +286,8 @@ def _distinct(entries: list[dict], stored: dict, report: Report) -> list[dict]:
 
 
 def _said(entry: dict) -> str:
-    """What the entry answers, as one text."""
-    return entry.get("answer") or json.dumps(entry.get("answers") or entry["turns"], ensure_ascii=False)
+    """What the entry answers, as one text; capitals and a full stop make no other answer, as in scoring."""
+    return normalized(entry["answer"]) if entry.get("answer") else json.dumps(entry.get("answers") or entry["turns"], ensure_ascii=False)
 
 
 def _fill_in(entries: list[dict]) -> None:

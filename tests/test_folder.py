@@ -109,6 +109,15 @@ def test_what_lies_in_a_prepared_set_is_no_recording_of_the_folders(src, out):
     assert len(report.problems["inside of a prepared data set"]) == 6 + 4 and sum(map(len, report.problems.values())) == 11
 
 
+def test_classes_are_counted_as_answers_are_scored(src, out):
+    """Capitals and full stops make neither another class nor another answer to the same sound."""
+    for n in range(12):
+        sound(src / f"{n}.wav", n)
+    csv(src, "file,answer\n" + "".join(f"{n}.wav,{('dog', 'Dog', 'DOG.', 'cat')[n % 4]}\n" for n in range(12)) + "0.wav,DOG\n")
+    report = import_folder(src, out, RATE)
+    assert report.card["classes"] == 2 and report.problems == {"the same sound and answer again": ["0.wav (as 0.wav)"]}
+
+
 def test_a_table_may_name_its_files_from_the_root(src, out):
     for n in range(4):
         sound(src / f"{n}.wav", n)
