@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from . import audio
 from .clap import WindowEncoder
-from .cli import UserError, fcntl
+from .cli import UserError, fcntl, return_freed_memory
 from .config import AudioConfig
 from .lanes import side_by_side
 from .manifest import whole_lines
@@ -191,6 +191,7 @@ class Store:
             for embedded in side_by_side(encode, pieces(), count):
                 put(embedded)
                 done += sum(len(windows_WD) for _, windows_WD in embedded)
+        return_freed_memory()                              # each thread keeps what it has freed
         return done
 
     def __getitem__(self, place: Place) -> np.ndarray:
