@@ -191,7 +191,8 @@ class Store:
             for embedded in side_by_side(encode, pieces(), count):
                 put(embedded)
                 done += sum(len(windows_WD) for _, windows_WD in embedded)
-        return_freed_memory()                              # each thread keeps what it has freed
+        if count > 1:
+            return_freed_memory()                          # each thread keeps what it has freed
         return done
 
     def __getitem__(self, place: Place) -> np.ndarray:

@@ -138,6 +138,7 @@ def test_sample_says_there_what_it_says_here(both, scenes_data, files, flags, re
     assert there == here and here.strip() and gpu.operations > 500 and gpu.replays >= replays
 
 
+@pytest.mark.slow
 def test_scores_there_are_scores_here(both, scenes_data):
     flags = ["--dataset", scenes_data, "--items", 1, "--shots", 1, "--options", "Presence", "--no-swapped", "--max-new", 9]
     (_, here), (_, there), gpu = both(evaluate.main, *flags, writes="runs/shaken/predictions-*.jsonl")

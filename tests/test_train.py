@@ -283,6 +283,7 @@ def test_torchrun_begins_again_at_the_last_checkpoint_when_a_process_dies(pair, 
     assert losses(tmp_path / "runs" / "run") == losses(pair)
 
 
+@pytest.mark.slow
 def test_sharded_processes_begin_again_too(alone, scenes_data, tmp_path):
     flags = ["--init", alone, "--stage", "sft", "--checkpoint-every", 2]
     printed = torchrun(tmp_path, 2, scenes_data, *flags, "--name", "run", "--shard", script=["--kill", "sft:3"], restarts=1)
