@@ -222,6 +222,7 @@ def test_a_dry_run_goes_through_every_measurement(tmp_path):
 
 
 @needs_triton
+@pytest.mark.slow
 def test_a_benchmark_that_is_killed_or_runs_out_of_time_leaves_what_it_measured(tmp_path):
     """SIGKILL while a new benchmark.csv is half written; then a run whose time is up before it begins, and of which parts fail."""
     with pytest.raises(AssertionError, match="exit code -9"):

@@ -309,6 +309,7 @@ def test_the_command_and_its_mistakes(files, tmp_path):
 
 # ------------------------------------------------------------------ memory
 
+@pytest.mark.slow
 def test_converting_and_opening_hold_the_target_alone(tmp_path):
     """60 M float32 numbers (0.24 GB) as bfloat16, 0.12 GB, and 30 MB for the rest: no second copy, and never in float32."""
     large = dataclasses.replace(SMALL, lm=LMConfig(vocab_size=8000, width=512, layers=12, heads=8, kv_heads=8, head_dim=64,

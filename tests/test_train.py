@@ -292,6 +292,7 @@ def test_sharded_processes_begin_again_too(alone, scenes_data, tmp_path):
     same_curve(tmp_path / "runs" / "run", tmp_path / "runs" / "whole")
 
 
+@pytest.mark.slow
 def test_sharded_processes_that_are_stopped_go_on_as_others(alone, scenes_data, tmp_path):
     """One of three gets SIGTERM: all stop after that step with a checkpoint. Two go on from it; without --shard it is no use."""
     flags = ["--init", alone, "--stage", "sft", "--name", "run"]
