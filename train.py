@@ -167,8 +167,6 @@ def train(args: Args, world: World, folders, run: Path) -> None:
     if "clap" in left and (batch := stage_settings(args, "clap").batch) % (4 * world.size):
         raise UserError(f"--batch {batch}: the clap stage needs a multiple of 4 windows a process ({world.size} processes)")
     tokenizer, config, weights = start_from(args, folders, run, world)
-    if world.rank == 0:
-        data.warn_of_long(folders, config.audio.max_seconds)
     torch.manual_seed(args.seed)
     everything = Everything(config).to(world.device)
     if found:
@@ -208,9 +206,7 @@ def train(args: Args, world: World, folders, run: Path) -> None:
             checkpoint.write_tensors(run / checkpoint.TEXT_TOWER, everything.text_tower.state_dict())
         checkpoint.save_run(run, everything.model, config, tokenizer, {"args": asdict(args)})
     print(f"{run}: " + footer(everything, lines, time.time() - started, world))
-    if args.evaluate and not manifest.read_rows(folders[0][0] / "test.jsonl"):
-        print(f"warning: {folders[0][0]}: its test split is empty: not scored, no report.png", file=sys.stderr)
-    elif args.evaluate:
+    if args.evaluate:
         everything = None                                          # scoring needs its memory
         cli.return_freed_memory()
         from af_min import evaluate
@@ -250,8 +246,10 @@ def where_to_go_on(args: Args, run: Path) -> tuple[Path, dict]:
     return found, state
 
 
-def check_rows(folders, stages: tuple[str, ...]) -> None:
-    """UserError for missing rows or recordings, before an earlier run of this name is removed. What serves sft serves lm and pretrain."""
+def check_rows(folders, args: Args, tokenizer, config) -> None:
+    """UserError for missing rows or recordings, and where every answer is too long, before an earlier run of this name is removed. What
+    serves sft serves lm and pretrain."""
+    stages = stages_of(args)
     for stage in dict.fromkeys((stages[0], stages[-1])):
         rows = {folder: data.rows_of(folder, "train", stage) for folder, _ in folders}
         if not any(rows.values()):
@@ -261,15 +259,9 @@ def check_rows(folders, stages: tuple[str, ...]) -> None:
             for file in dict.fromkeys(file for file, _ in data.recordings(rows[folder])):
                 if stage != "lm" and not (folder / file).exists():         # lm reads what they sound like
                     raise UserError(f"{folder / file}: is not there; the manifest names it, so prepare the data set again")
-
-
-def check_answers(folders, stages: tuple[str, ...], args: Args, tokenizer, config) -> None:
-    """UserError where every answer is too long for the stage, before an earlier run of this name is removed."""
-    stage = stages[-1]
-    limit = min(stage_settings(args, stage).max_tokens, config.lm.max_positions)
-    rows = (row for folder, _ in folders for row in data.rows_of(folder, "train", stage))
-    if stage != "clap" and not any(data.tokenized([row], tokenizer, limit)[0] for row in rows):
-        raise UserError(f"{', '.join(str(folder) for folder, _ in folders)}: every answer ends beyond the {limit} tokens of a sample: shorten them")
+        limit = min(stage_settings(args, stage).max_tokens, config.lm.max_positions)
+        if stage != "clap" and not any(data.tokenized([row], tokenizer, limit, stage == "lm")[0] for of in rows.values() for row in of):
+            raise UserError(f"{', '.join(map(str, rows))}: every answer ends beyond the {limit} tokens of a sample: shorten them")
 
 
 def start_from(args: Args, folders, run: Path, world: World):
@@ -291,8 +283,7 @@ def start_from(args: Args, folders, run: Path, world: World):
             print(f"warning: --stage {args.stage} without --init, and {run} holds no model: it begins with an encoder and a language "
                   "model that have learned nothing; without --stage they are trained first", file=sys.stderr)
         if (run / "config.json").exists():
-            check_rows(folders, stages_of(args))
-            check_answers(folders, stages_of(args), args, tokenizer, config)
+            check_rows(folders, args, tokenizer, config)
         with checkpoint.writing(run):
             run.mkdir(parents=True, exist_ok=True)
             checkpoint.forget(run, but_weights=bool(home) and home.resolve() == run.resolve())

@@ -8,7 +8,6 @@ the steps before it, and a resumed run sees what the interrupted one would have 
 from __future__ import annotations
 
 import bisect
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -63,15 +62,6 @@ def tokenized(rows: list[dict], tokenizer: Tokenizer, max_tokens: int, described
     samples = [write_sample(tokenizer, row, described, max_tokens=max_tokens) for row in flat]
     kept = [(s, row["task"]) for s, row in zip(samples, flat) if any(label != IGNORE for label in s.labels[1:])]
     return [s for s, _ in kept], [task for _, task in kept]
-
-
-def warn_of_long(folders, max_seconds: float) -> None:
-    """Tell how many recordings hold more than the model hears; a tenth of a second more does not count."""
-    for folder, _ in folders:
-        seconds = {row["audio"]: row.get("seconds", 0) for row in manifest.read_rows(folder / "train.jsonl") if row.get("audio")}
-        if long := sum(length > max_seconds + 0.1 for length in seconds.values()):
-            print(f"warning: {folder}: {long} of {len(seconds)} recordings are longer than the {max_seconds:g} s that the model hears; of what "
-                  "follows it learns nothing", file=sys.stderr)
 
 
 def recordings(rows: list[dict]) -> list[tuple[str, float]]:

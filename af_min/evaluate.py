@@ -228,15 +228,19 @@ def on(device: str) -> str:
     return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
 
 
-def is_embedded(folder: Path) -> bool:
-    return any(row["task"] == "FewShotSeen" for row in manifest.read_rows(folder / "test.jsonl"))
+def is_embedded(test: list[dict]) -> bool:
+    """Are these the test rows of the embedded data set?"""
+    return any(row["task"] == "FewShotSeen" for row in test)
 
 
 def report(run: Path, folders, items: int = 0, device: str = "auto") -> list:
     """Score a run on the first data set's test split, print the table, draw report.png: what train.py ends with."""
     run, folder = Path(run), Path(folders[0][0])
-    device = on(device)
-    results = embedded(run, folder, items, device) if is_embedded(folder) else \
+    device, test = on(device), manifest.read_rows(folder / "test.jsonl")
+    if not test:
+        print(f"warning: {folder}: its test split is empty: not scored, no report.png", file=sys.stderr)
+        return []
+    results = embedded(run, folder, items, device) if is_embedded(test) else \
         general(Args(run=str(run), dataset=str(folder), items=items, device=device))
     from . import plots  # matplotlib is slow to import, and only this function draws
     plots.report(run, *checkpoint.load_run(run), folder)
@@ -256,7 +260,7 @@ def main() -> None:
     if "/" not in args.dataset and not Path(args.dataset).exists():
         args = replace(args, dataset=f"data/{args.dataset}")
     folders = data.parse_data([args.dataset])
-    if args.shots or args.options or args.split != "test" or not is_embedded(folders[0][0]):
+    if args.shots or args.options or args.split != "test" or not is_embedded(manifest.read_rows(folders[0][0] / "test.jsonl")):
         general(replace(args, device=on(args.device)))
     else:
         report(Path(args.run), folders, args.items, args.device)

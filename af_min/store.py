@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -168,13 +169,15 @@ class Store:
 
     def _encode(self, recordings: list[tuple[str, Place]], shelf: Shelf, name: str, batch: int) -> int:
         """Read, cut into windows and encode, about `batch` windows at a time, on a CPU in pieces side by side; returns their number."""
-        device, done = next(self.encoder.parameters()).device, 0
+        device, done, long = next(self.encoder.parameters()).device, 0, 0
         count = max(1, min(torch.get_num_threads(), batch // 32)) if device.type == "cpu" else 1
 
         def pieces() -> Iterator[list[tuple[str, torch.Tensor]]]:
+            nonlocal long
             waiting = []
             for n, (key, (file, start)) in enumerate(tqdm(recordings, name, unit="rec", disable=not name), 1):
                 recording = audio.load(self.folder / file, self.config.sample_rate, start, self.config.max_seconds)
+                long += recording.dropped_seconds > 0.1
                 waiting.append((key, audio.windows(torch.from_numpy(recording.samples), self.config)))
                 if sum(len(w) for _, w in waiting) >= batch // count or n == len(recordings):
                     yield waiting
@@ -191,6 +194,9 @@ class Store:
             for embedded in side_by_side(encode, pieces(), count):
                 put(embedded)
                 done += sum(len(windows_WD) for _, windows_WD in embedded)
+        if long and name:
+            print(f"warning: {self.folder}: {long} of {len(recordings)} recordings are longer than the {self.config.max_seconds:g} s that the model "
+                  "hears; what follows has no effect", file=sys.stderr)
         if count > 1:
             return_freed_memory()                          # each thread keeps what it has freed
         return done
