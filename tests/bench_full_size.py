@@ -54,4 +54,6 @@ def main(parent: str | None = None) -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:] and sys.argv[1].startswith("-"):
+        sys.exit(__doc__)
     main(*sys.argv[1:2])
