@@ -43,7 +43,7 @@ BOMB_FLOOR, BOMB_RATIO = 1 << 29, 100      # bytes that any archive may hold, an
 PART = re.compile(r"\.z\d\d+")            # of a zip in parts, the last of which ends in .zip
 ARCHIVES = (".zip", ".7z", ".tar", ".tar.gz", ".tgz")
 DAMAGED = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, struct.error, EOFError, OSError, RuntimeError,
-           ValueError)
+           ValueError, IndexError)
 
 
 @dataclass(frozen=True)
