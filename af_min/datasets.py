@@ -10,10 +10,12 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
+
+from tqdm import tqdm
 
 from . import folder, manifest, readers
 from .cli import UserError, alone
@@ -157,8 +159,8 @@ TABLE = {
 }
 
 
-def prepare(name: str, out, source: str = "", mirror: str = "", limit: int = 0, sample_rate: int = 44_100, seed: int = 0,
-            progress: Callable[[Iterable, str], Iterable] = lambda items, what: items) -> folder.Report:
+def prepare(name: str, out, source: str = "", mirror: str = "", limit: int = 0, sample_rate: int = 44_100,
+            seed: int = 0) -> folder.Report:
     """Write the data set `name` to `out`. Archives stay in downloads/<name> beside it, so that the next time nothing is fetched.
 
     source: a folder with archives, or with an unpacked copy; what it holds is not fetched, and no archive is fetched then.
@@ -176,7 +178,7 @@ def prepare(name: str, out, source: str = "", mirror: str = "", limit: int = 0, 
         raise UserError(f"--source {source}: there is no such folder")
     with alone(work, "--out"):
         try:
-            archives, published = _gather(entry, work, source, mirror, progress)
+            archives, published = _gather(entry, work, source, mirror)
             facts = {"source": entry.page, "licence": entry.licence, "cite": entry.cite} if published else {
                 "source": f"recordings of {Path(source).resolve().name}, laid out as {name}", "licence": "its owner's"}
             for archive in archives:
@@ -187,14 +189,12 @@ def prepare(name: str, out, source: str = "", mirror: str = "", limit: int = 0, 
             shares = {"val": 0.0 if "val" in given or given == {"train"} else 0.1, "test": 0.0 if given & {"train", "test"} else 0.2}
             if limit:
                 entries = _limited(entries, limit, seed)
-            return folder.write_dataset(
-                out, entries, found.paths, report, sample_rate, where=source or str(work), seed=seed, **shares, **facts,
-                progress=lambda names: progress(names, "recordings"))
+            return folder.write_dataset(out, entries, found.paths, report, sample_rate, source or str(work), seed, **shares, **facts)
         finally:
             shutil.rmtree(work / "unpacked", ignore_errors=True)
 
 
-def _gather(entry: DataSet, work: Path, source: str, mirror: str, progress: Callable) -> tuple[list[Path], bool]:
+def _gather(entry: DataSet, work: Path, source: str, mirror: str) -> tuple[list[Path], bool]:
     """The set's files in `source` (verified) or `work` (fetched) -> the archives to unpack; are its tables as published?"""
     shutil.rmtree(work / "unpacked", ignore_errors=True)
     work.mkdir(parents=True, exist_ok=True)
@@ -218,7 +218,7 @@ def _gather(entry: DataSet, work: Path, source: str, mirror: str, progress: Call
     paths = [held[file.name] for file in here] + [fetch(file, work, mirror) for file in missing]
     if listed and not source:
         lines = [line.split() for line in paths[0].read_text("utf-8", "replace").splitlines()]
-        for line in progress([line for line in lines if len(line) > 2 and line[0].endswith(".wav")], "files"):
+        for line in tqdm([line for line in lines if len(line) > 2 and line[0].endswith(".wav")], "files", unit="file", mininterval=0.5):
             fetch(File(line[0], line[2]), work, mirror, quiet=True)
     return [path for path in paths if is_archive(path.name)], published
 

@@ -21,12 +21,13 @@ import os
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 import soundfile
+from tqdm import tqdm
 
 from . import audio, audio_files, manifest
 from .audio_files import AudioError
@@ -59,9 +60,8 @@ class Report:
         return "\n".join(lines)
 
 
-def import_folder(source, out, sample_rate: int, *, seed: int = 0, val: float = 0.1, test: float = 0.2, max_seconds: float = MAX_SECONDS,
-                  labels_from_names: bool = False, progress: Callable[[Iterable], Iterable] = iter) -> Report:
-    """Write the data set `out` from the folder `source`. Longer recordings keep their first `max_seconds` (and are reported).
+def import_folder(source, out, sample_rate: int, seed: int = 0, labels_from_names: bool = False) -> Report:
+    """Write the data set `out` from the folder `source`. Longer recordings keep their first MAX_SECONDS (and are reported).
 
     The same folder and seed give the same files, byte for byte. UserError: no such folder, no answers to be had, a CSV
     without its columns, or nothing usable.
@@ -69,8 +69,6 @@ def import_folder(source, out, sample_rate: int, *, seed: int = 0, val: float = 
     source, report = Path(source), Report()
     if not source.is_dir():
         raise UserError(f"{source}: there is no such folder")
-    if not (val >= 0 and test >= 0 and val + test < 1):
-        raise UserError(f"val {val} and test {test}: both must be 0 or more and leave something for training")
     if Path(out).resolve() in (source.resolve(), *source.resolve().parents):
         raise UserError(f"{out}: holds the recordings themselves; give another --out")
     files = _audio_files(source, Path(out), report)
@@ -80,26 +78,24 @@ def import_folder(source, out, sample_rate: int, *, seed: int = 0, val: float = 
     named = {entry["file"] for entry in entries}
     if table and not labels_from_names:
         report.problems["no usable row in the CSV"] += [name for name in files if name not in named]
-    return write_dataset(out, entries, files, report, sample_rate, where=str(source), seed=seed, val=val, test=test,
-                         max_seconds=max_seconds, progress=progress,
+    return write_dataset(out, entries, files, report, sample_rate, str(source), seed,
                          source=f"imported from the folder {source.resolve().name}", licence="its owner's")
 
 
-def write_dataset(out, entries: list[dict], paths: dict[str, Path], report: Report, sample_rate: int, *, where: str, seed: int = 0,
-                  val: float = 0.1, test: float = 0.2, max_seconds: float = MAX_SECONDS, progress: Callable[[Iterable], Iterable] = iter,
-                  **facts) -> Report:
+def write_dataset(out, entries: list[dict], paths: dict[str, Path], report: Report, sample_rate: int, where: str, seed: int,
+                  val: float = 0.1, test: float = 0.2, **facts) -> Report:
     """Write the data set `out`: the one way for every recording that comes in.
 
     An entry is {"file"} and "answer", "answers" or "turns", and where wanted "task", "prompt", "split" and "group" (what must
     not be in two splits; a recording by itself if not given). `paths`: where each file lies. `where`: what an
-    error names. `facts` go into the card.
+    error names. `val`, `test`: shares of what has no split. `facts` go into the card.
     """
     with manifest.dataset_folder(out) as folder:
         (folder / "audio").mkdir()
         stored = {}                                        # file -> (content hash, seconds)
-        for name in progress(sorted({entry["file"] for entry in entries})):
+        for name in tqdm(sorted({entry["file"] for entry in entries}), "recordings", unit="file", mininterval=0.5):
             try:
-                stored[name] = _store(paths[name], folder / "audio", sample_rate, max_seconds, report, name)
+                stored[name] = _store(paths[name], folder / "audio", sample_rate, report, name)
             except AudioError as error:
                 report.problems["silent (the first channel, the only one heard)" if error.reason == "silent" else error.reason].append(name)
         entries = _distinct([entry for entry in entries if entry["file"] in stored], stored, report)
@@ -168,11 +164,10 @@ def walk(root, *apart) -> Iterator[Path]:
 
 def _audio_files(source: Path, out: Path, report: Report) -> dict[str, Path]:
     """Readable name, relative to `source` with forward slashes -> file."""
-    found, prepared = {}, {}
+    found = {}
     for path in walk(source, out):
         name = readable(path.relative_to(source).as_posix())
-        above = [folder for folder in path.parents if folder != source and source in folder.parents]
-        if any(prepared.setdefault(folder, (folder / manifest.CARD).is_file()) for folder in above):
+        if any((source / home / manifest.CARD).is_file() for home in path.relative_to(source).parents if home.name):
             report.problems["inside of a prepared data set"].append(name)
         elif name in found:
             report.problems["a second file of this name (its letters stored in another way)"].append(name)
@@ -258,14 +253,14 @@ def stored_as(recording: audio.Recording) -> tuple[np.ndarray, str]:
     return samples, hashlib.sha256(samples.tobytes()).hexdigest()[:24]
 
 
-def _store(path: Path, folder: Path, sample_rate: int, max_seconds: float, report: Report, name: str) -> tuple[str, float]:
+def _store(path: Path, folder: Path, sample_rate: int, report: Report, name: str) -> tuple[str, float]:
     """Check and convert one recording: (content hash, seconds). AudioError says what is wrong with it."""
     audio_files.inspect(path)
-    recording = audio.load(path, sample_rate, max_seconds=max_seconds)
+    recording = audio.load(path, sample_rate, max_seconds=MAX_SECONDS)
     if recording.silent:
-        raise AudioError(path, "silent", f"its first {max_seconds} s hold nothing but zeros")
+        raise AudioError(path, "silent", f"its first {MAX_SECONDS} s hold nothing but zeros")
     if recording.dropped_seconds > 0:
-        report.problems[f"what lies beyond {max_seconds:g} s of a recording"].append(f"{name} ({recording.dropped_seconds:.1f} s)")
+        report.problems[f"what lies beyond {MAX_SECONDS:g} s of a recording"].append(f"{name} ({recording.dropped_seconds:.1f} s)")
     samples, content = stored_as(recording)
     if not (folder / f"{content}.flac").exists():
         soundfile.write(folder / f"{content}.flac", samples, sample_rate, format="FLAC", subtype="PCM_16")

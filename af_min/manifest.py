@@ -21,10 +21,11 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import soundfile
+from tqdm import tqdm
 
 from . import audio, audio_files
 from .cli import UserError, alone
@@ -223,7 +224,7 @@ def dataset_hash(folder) -> str:
     return digest.hexdigest()
 
 
-def check(folder, progress: Callable[[Iterable], Iterable] = iter) -> list[str]:
+def check(folder) -> list[str]:
     """All that is wrong with a prepared data set, each with its file or line; [] if nothing is.
 
     The rows are as many as the card says, every row has its fields, every recording (of rows, shots and pools) opens and decodes
@@ -259,7 +260,7 @@ def check(folder, progress: Callable[[Iterable], Iterable] = iter) -> list[str]:
     wrong += [f"{folder}: group {group!r:.60} in the splits {' and '.join(of)} ({', '.join(of.values())})"
               for group, of in groups.items() if group and len(of) > 1]
     contents = {}                                          # hash of the samples -> name, splits
-    for name in progress(sorted(starts)):
+    for name in tqdm(sorted(starts), "recordings", unit="file", mininterval=0.5):
         try:
             seconds = audio_files.inspect(folder / name)
             samples = audio.load(folder / name, soundfile.info(folder / name).samplerate).samples
