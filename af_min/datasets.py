@@ -228,7 +228,8 @@ def _resolved(dataset: str, entries: Iterator[dict], found: readers.Source) -> l
     kept, missing, problems = [], {}, found.report.problems
     try:
         for item in entries:
-            where, split, name = item.pop("where", item["file"]), item["split"], item["file"]
+            where, name = item.pop("where", item["file"]), item["file"]
+            split = folder.SPLIT_NAMES.get(str(item["split"]).lower())
             try:
                 manifest.check_row({**item, "audio": name[1:] if str(name).startswith("/") else name}, where)
             except UserError as error:
@@ -237,10 +238,10 @@ def _resolved(dataset: str, entries: Iterator[dict], found: readers.Source) -> l
             file = found.find(name)
             if not file:
                 missing[name.removeprefix("/")] = True
-            elif split and str(split).lower() not in folder.SPLIT_NAMES:
-                problems["row with a split that is not train, val or test"].append(f"{where} ({split!s:.20})")
+            elif split is None:
+                problems["row with a split that is not train, val or test"].append(f"{where} ({item['split']!s:.20})")
             else:
-                kept.append({**item, "file": file, "split": folder.SPLIT_NAMES[split.lower()] if split else ""})
+                kept.append({**item, "file": file, "split": split})
     except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
         if isinstance(error, UserError):
             raise
@@ -268,7 +269,6 @@ def listing(data: Path) -> str:
             on_disk.append(f"{manifest.read_card(data / name).get('recordings', '?')} recordings prepared")
         if there := sum((data / "downloads" / name / file.name).exists() for file in entry.files):
             on_disk.append(f"{there} of {len(entry.files)} files")
-        numbers = [str(entry.clips or "-"), str(entry.hours or "-"), str(entry.gigabytes or "-")]
-        lines.append(f"{name:14s}{numbers[0]:>9s}{numbers[1]:>8s}{numbers[2]:>7s}  {', '.join(on_disk) or '-':34s}"
+        lines.append(f"{name:14s}{entry.clips or '-':>9}{entry.hours or '-':>8}{entry.gigabytes or '-':>7}  {', '.join(on_disk) or '-':34s}"
                      f"{entry.task}; {entry.licence}; {entry.page}" + ("; recordings: yours" if entry.bring else ""))
     return "\n".join(lines)

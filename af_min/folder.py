@@ -35,7 +35,7 @@ from .cli import UserError
 from .metrics import normalized
 
 PROMPTS = {"AudioClassification": "classify this sound.", "AudioCaptioning": "describe the sound in a sentence."}
-SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
+SPLIT_NAMES = {"": "", "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
                "test": "test", "testing": "test", "eval": "test"}
 COLUMNS = ("file", "answer", "prompt", "split", "task", "group")
 FORM = ("task", "prompt", "answer", "answers", "turns", "group")      # fields of a row that an entry brings
@@ -73,11 +73,12 @@ def import_folder(source, out, sample_rate: int, seed: int = 0, labels_from_name
         raise UserError(f"{out}: holds the recordings themselves; give another --out")
     files = _audio_files(source, Path(out), report)
     table = _find_csv(source)
-    entries = _from_csv(table, files, report) if table and not labels_from_names else \
-        _from_names(source, files, labels_from_names, report)
-    named = {entry["file"] for entry in entries}
     if table and not labels_from_names:
+        entries = _from_csv(table, files, report)
+        named = {entry["file"] for entry in entries}
         report.problems["no usable row in the CSV"] += [name for name in files if name not in named]
+    else:
+        entries = _from_names(source, files, labels_from_names, report)
     return write_dataset(out, entries, files, report, sample_rate, str(source), seed,
                          source=f"imported from the folder {source.resolve().name}", licence="its owner's")
 
@@ -86,9 +87,8 @@ def write_dataset(out, entries: list[dict], paths: dict[str, Path], report: Repo
                   val: float = 0.1, test: float = 0.2, **facts) -> Report:
     """Write the data set `out`: the one way for every recording that comes in.
 
-    An entry is {"file"} and "answer", "answers" or "turns", and where wanted "task", "prompt", "split" and "group" (what must
-    not be in two splits; a recording by itself if not given). `paths`: where each file lies. `where`: what an
-    error names. `val`, `test`: shares of what has no split. `facts` go into the card.
+    An entry is {"file"} and "answer", "answers" or "turns", and where wanted "task", "prompt", "split" (train, val, test) and "group"
+    (what must not be in two splits; a recording by itself if not given). `paths`: where each file lies. `where`: what an error names. `val`, `test`: shares of what has no split. `facts` go into the card.
     """
     with manifest.dataset_folder(out) as folder:
         (folder / "audio").mkdir()
@@ -109,8 +109,7 @@ def write_dataset(out, entries: list[dict], paths: dict[str, Path], report: Repo
         for entry in entries:
             content, seconds = stored[entry["file"]]
             split = splits[content]
-            given = SPLIT_NAMES[entry["split"].lower()] if entry.get("split") else split
-            if not given == split == split_of.setdefault(entry.get("group") or content, split):
+            if not (entry.get("split") or split) == split == split_of.setdefault(entry.get("group") or content, split):
                 report.problems["its sound or group is in another split"].append(entry["file"])
                 continue
             kept.append(entry)
@@ -136,13 +135,16 @@ def write_dataset(out, entries: list[dict], paths: dict[str, Path], report: Repo
 
 
 def readable(name: str) -> str:
-    """A file's name as a table spells it: letters composed (macOS stores them in parts); what is no UTF-8 on disk is Latin-1."""
-    data = os.fsencode(name)
+    """A file's name as a table spells it: letters composed (macOS stores them in parts)."""
+    return unicodedata.normalize("NFC", decoded(os.fsencode(name), "utf-8"))
+
+
+def decoded(data: bytes, encoding: str = "utf-8-sig") -> str:
+    """What is not UTF-8 is read as Latin-1."""
     try:
-        name = data.decode("utf-8")
+        return data.decode(encoding)
     except UnicodeDecodeError:
-        name = data.decode("latin-1")
-    return unicodedata.normalize("NFC", name)
+        return data.decode("latin-1")
 
 
 def walk(root, *apart) -> Iterator[Path]:
@@ -188,11 +190,11 @@ def _find_csv(source: Path) -> Path | None:
 def _from_csv(table: Path, files: dict[str, Path], report: Report) -> list[dict]:
     """Rows of the CSV as entries; what is wrong goes into the report."""
     try:
-        with open(table, encoding="utf-8-sig", newline="") as file:
-            text = file.read()
+        text = table.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError:
         raise UserError(f"{table}: not UTF-8; save it as 'CSV UTF-8'") from None
     lines = csv.reader(io.StringIO(text.replace("\0", ""), newline=""), delimiter=_delimiter(text), strict=True)
+    home = f"{readable(table.parent.resolve().as_posix())}/"
     entries, at = [], 0                                    # at: the last line of the row before
     try:
         header = [name.strip().lower() for name in next(lines, [])]
@@ -205,20 +207,19 @@ def _from_csv(table: Path, files: dict[str, Path], report: Report) -> list[dict]
             if not any(cell.strip() for cell in cells):
                 continue
             where = f"{table.name}:{at}"
-            entry = {name: " ".join(cell.split()) for name, cell in zip(header, cells) if name in COLUMNS}
+            entry = {"split": "", **{name: " ".join(cell.split()) for name, cell in zip(header, cells) if name in COLUMNS}}
+            split = SPLIT_NAMES.get(entry["split"].lower())
             if len(cells) != len(header):
                 report.problems["row with too many or too few fields"].append(where)
             elif not entry["answer"]:
                 report.problems["row without an answer"].append(where)
-            elif entry.get("split") and entry["split"].lower() not in SPLIT_NAMES:
+            elif split is None:
                 report.problems["row with a split that is not train, val or test"].append(f"{where} ({entry['split'][:20]})")
             else:
                 raw = cells[header.index("file")].strip().replace("\\", "/")
-                name = unicodedata.normalize("NFC", str(PurePosixPath(raw)))
-                home = f"{readable(table.parent.resolve().as_posix())}/"
-                name = name.removeprefix(home)
+                name = unicodedata.normalize("NFC", str(PurePosixPath(raw))).removeprefix(home)
                 if name in files:
-                    entries.append({**entry, "file": name})
+                    entries.append({**entry, "file": name, "split": split})
                 else:
                     report.problems["row naming a file that is not there"].append(f"{where} ({raw[:60]})")
     except csv.Error as error:
@@ -309,7 +310,7 @@ def _split(entries: list[dict], stored: dict, seed: int, val: float, test: float
         group = group_of.setdefault(content, entry.get("group") or content)
         answer_of.setdefault(group, _said(entry))
         if entry.get("split"):
-            given.setdefault(group, SPLIT_NAMES[entry["split"].lower()])
+            given.setdefault(group, entry["split"])
 
     def shuffled(group: str) -> str:
         return hashlib.sha256(f"{seed} {group}".encode()).hexdigest()
