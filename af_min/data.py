@@ -8,6 +8,7 @@ the steps before it, and a resumed run sees what the interrupted one would have 
 from __future__ import annotations
 
 import bisect
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def parse_data(specs: list[str]) -> list[tuple[Path, float]]:
     """`folder` or `folder:weight` -> (folder, weight). UserError for a folder without card.json or a bad weight."""
     parsed = []
     for spec in specs:
-        folder, _, weight = spec.rpartition(":") if spec.rpartition(":")[2].replace(".", "", 1).isdecimal() else (spec, "", "1")
+        folder, weight = re.fullmatch(r"(.*?)(?::(\d+\.?\d*|\.\d+))?", spec, re.DOTALL).groups("1")
         manifest.read_card(folder)
         if not float(weight) > 0:
             raise UserError(f"--data {spec}: the weight must be above 0")
