@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bisect
 import re
+from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -60,8 +61,8 @@ def rows_of(folder: Path, split: str, stage: str) -> list[dict]:
 def tokenized(rows: list[dict], tokenizer: Tokenizer, max_tokens: int, described: bool = False) -> tuple[list[Sample], list[str]]:
     """-> samples of rows, the task of each; several references make several samples; what has no supervised token left is dropped."""
     flat = [{**row, "answer": answer} for row in rows for answer in row.get("answers", [row.get("answer", "")])]
-    samples = [write_sample(tokenizer, row, described, max_tokens=max_tokens) for row in flat]
-    kept = [(s, row["task"]) for s, row in zip(samples, flat) if any(label != IGNORE for label in s.labels[1:])]
+    samples = [(write_sample(tokenizer, row, described, max_tokens=max_tokens), row["task"]) for row in flat]
+    kept = [(s, task) for s, task in samples if any(label != IGNORE for label in s.labels[1:])]
     return [s for s, _ in kept], [task for _, task in kept]
 
 
@@ -117,8 +118,7 @@ class Mixture:
         self.datasets, self.seed = datasets, seed
         self.parts = max(1, min(PARTS, max_samples, max_tokens // PART_TOKENS))
         self.max_samples, self.max_tokens = max_samples // self.parts, max_tokens // self.parts    # of a part
-        sizes = [len(d.samples) for d in datasets]
-        if not sum(sizes):
+        if not any(d.samples for d in datasets):
             raise UserError(f"nothing to train on in {', '.join(d.name for d in datasets)}: no row of this stage's kind")
         self.lengths = [np.array([len(s.ids) for s in d.samples]) for d in datasets]
         total = sum(d.weight for d in datasets if d.samples)
@@ -162,9 +162,9 @@ class WindowCaptions:
     """Batches for contrastive training: a few windows of each of many recordings, so that neighbours are told apart too."""
 
     def __init__(self, rows: list[dict], size: int, seed: int, each: int = 4):
-        groups: dict[str, list[dict]] = {}
+        groups = defaultdict(list)
         for row in rows:
-            groups.setdefault(row["audio"], []).append(row)
+            groups[row["audio"]].append(row)
         self.groups = list(groups.values())
         if not self.groups:
             raise UserError("nothing to train the window encoder on: no row has the task WindowText; your own recordings teach a trained model: "
