@@ -38,7 +38,7 @@ PROMPTS = {"AudioClassification": "classify this sound.", "AudioCaptioning": "de
 SPLIT_NAMES = {"": "", "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
                "test": "test", "testing": "test", "eval": "test"}
 COLUMNS = ("file", "answer", "prompt", "split", "task", "group")
-FORM = ("task", "prompt", "answer", "answers", "turns", "group")      # fields of a row that an entry brings
+FORM = ("task", "prompt", "answer", "answers", "turns", "group", "seconds", "file")      # fields of a row that an entry brings
 MAX_SECONDS = 60.0         # of a recording that are kept
 ADVICE = "put a CSV with the header file,answer (or file,prompt,answer) into it"
 
@@ -88,49 +88,43 @@ def write_dataset(out, entries: list[dict], paths: dict[str, Path], report: Repo
     """Write the data set `out`: the one way for every recording that comes in.
 
     An entry is {"file"} and "answer", "answers" or "turns", and where wanted "task", "prompt", "split" (train, val, test) and "group"
-    (what must not be in two splits; a recording by itself if not given). `paths`: where each file lies. `where`: what an error names. `val`, `test`: shares of what has no split. `facts` go into the card.
+    (what must not be in two splits; a recording by itself if not given). `paths`: where each file lies. `where`: what an error names.
+    `val`, `test`: shares of what has no split. `facts` go into the card.
     """
     with manifest.dataset_folder(out) as folder:
         (folder / "audio").mkdir()
-        stored = {}                                        # file -> (content hash, seconds)
+        stored = {}                                        # file -> {"content": a hash, "seconds"}
         for name in tqdm(sorted({entry["file"] for entry in entries}), "recordings", unit="file", mininterval=0.5):
             try:
                 stored[name] = _store(paths[name], folder / "audio", sample_rate, report, name)
             except AudioError as error:
                 report.problems["silent (the first channel, the only one heard)" if error.reason == "silent" else error.reason].append(name)
-        entries = _distinct([entry for entry in entries if entry["file"] in stored], stored, report)
+        entries = _distinct([entry | stored[entry["file"]] for entry in entries if entry["file"] in stored], report)
         if not entries:
             found = "; ".join(f"{reason}: {len(names)}, e.g. {names[0]}" for reason, names in report.problems.items() if names)
             nothing = "none has a name, or stands in a table, as expected" if paths else "no wav, flac, ogg or mp3 in it"
             raise UserError(f"{where}: no usable recording ({found or nothing})")
         _fill_in(entries)
-        splits, split_of = _split(entries, stored, seed, val, test)
-        rows, kept, asked = defaultdict(list), [], {}
+        entries = _split(entries, seed, val, test, report)
+        rows, asked = defaultdict(list), {}
         for entry in entries:
-            content, seconds = stored[entry["file"]]
-            split = splits[content]
-            if not (entry.get("split") or split) == split == split_of.setdefault(entry.get("group") or content, split):
-                report.problems["its sound or group is in another split"].append(entry["file"])
-                continue
-            kept.append(entry)
-            row = {"audio": f"audio/{content}.flac", "start": 0.0} | {name: entry[name] for name in FORM if entry.get(name)} \
-                | {"seconds": seconds, "file": entry["file"]}
-            same = asked.setdefault((content, entry["task"], entry.get("prompt")), row)
-            if split == "train" or same is row or "turns" in row or "turns" in same:
-                rows[split].append(row)
+            row = {"audio": f"audio/{entry['content']}.flac", "start": 0.0} | {name: entry[name] for name in FORM if entry.get(name)}
+            same = asked.setdefault((entry["content"], entry["task"], entry.get("prompt")), row)
+            if entry["split"] == "train" or same is row or "turns" in row or "turns" in same:
+                rows[entry["split"]].append(row)
             else:                                          # a further answer to a question that is scored: any of them is right
                 same["answers"] = list(dict.fromkeys(answer for of in (same, row) for answer in of.get("answers") or [of["answer"]]))
                 same.pop("answer", None)
-        used = {row["audio"] for split in rows.values() for row in split}
+        used = {entry["content"] for entry in entries}
         for path in (folder / "audio").iterdir():
-            if f"audio/{path.name}" not in used:
+            if path.stem not in used:
                 path.unlink()
         for split in manifest.SPLITS:
             manifest.write_rows(folder / f"{split}.jsonl", rows[split])
         report.problems = {reason: found for reason, found in report.problems.items() if found}
         report.card = manifest.write_card(
             folder, name=Path(out).name, **facts, sample_rate=sample_rate, seed=seed, recordings=len(used),
-            classes=len({_said(entry) for entry in kept}), not_used=report.problems)
+            classes=len({_said(entry) for entry in entries}), not_used=report.problems)
     return report
 
 
@@ -254,8 +248,8 @@ def stored_as(recording: audio.Recording) -> tuple[np.ndarray, str]:
     return samples, hashlib.sha256(samples.tobytes()).hexdigest()[:24]
 
 
-def _store(path: Path, folder: Path, sample_rate: int, report: Report, name: str) -> tuple[str, float]:
-    """Check and convert one recording: (content hash, seconds). AudioError says what is wrong with it."""
+def _store(path: Path, folder: Path, sample_rate: int, report: Report, name: str) -> dict:
+    """Check and convert one recording. AudioError says what is wrong with it."""
     audio_files.inspect(path)
     recording = audio.load(path, sample_rate, max_seconds=MAX_SECONDS)
     if recording.silent:
@@ -265,14 +259,14 @@ def _store(path: Path, folder: Path, sample_rate: int, report: Report, name: str
     samples, content = stored_as(recording)
     if not (folder / f"{content}.flac").exists():
         soundfile.write(folder / f"{content}.flac", samples, sample_rate, format="FLAC", subtype="PCM_16")
-    return content, round(recording.seconds, 4)
+    return {"content": content, "seconds": round(recording.seconds, 4)}
 
 
-def _distinct(entries: list[dict], stored: dict, report: Report) -> list[dict]:
+def _distinct(entries: list[dict], report: Report) -> list[dict]:
     """Entries without exact repetitions (a row given twice, or a copy of a file with the same answer)."""
     seen, kept = {}, []
     for entry in entries:
-        key = (stored[entry["file"]][0], entry.get("prompt", ""), _said(entry))
+        key = (entry["content"], entry.get("prompt", ""), _said(entry))
         if key in seen:
             report.problems["the same sound and answer again"].append(f"{entry['file']} (as {seen[key]})")
         else:
@@ -297,17 +291,16 @@ def _fill_in(entries: list[dict]) -> None:
             entry["prompt"] = entry.get("prompt") or PROMPTS.get(entry["task"], PROMPTS[default])
 
 
-def _split(entries: list[dict], stored: dict, seed: int, val: float, test: float) -> tuple[dict[str, str], dict[str, str]]:
-    """Content hash -> split, group -> split; a sound is of the first group that has it. A given split wins, the first one if a
-    sound has two; the rest is sampled so that every answer gets its share of every split.
+def _split(entries: list[dict], seed: int, val: float, test: float, report: Report) -> list[dict]:
+    """The entries, each with its split, without those that contradict. A sound is of the first group that has it. A given split wins, the
+    first one if a sound has two; the rest is sampled so that every answer gets its share of every split.
 
     Groups are sorted by answer and, inside an answer, by a hash with the seed; every (1 / share)-th goes to the split. An
     answer that only one group has stays in training, unless most groups are like that (captions).
     """
     given, answer_of, group_of = {}, {}, {}
     for entry in entries:
-        content = stored[entry["file"]][0]
-        group = group_of.setdefault(content, entry.get("group") or content)
+        group = group_of.setdefault(entry["content"], entry.get("group") or entry["content"])
         answer_of.setdefault(group, _said(entry))
         if entry.get("split"):
             given.setdefault(group, entry["split"])
@@ -325,4 +318,11 @@ def _split(entries: list[dict], stored: dict, seed: int, val: float, test: float
         chosen = {group for i, group in enumerate(free) if int((i + 1) * share + offset) > int(i * share + offset)}
         splits |= dict.fromkeys(chosen, split)
         free = [group for group in free if group not in chosen]
-    return {content: splits[group] for content, group in group_of.items()}, splits
+    kept = []
+    for entry in entries:
+        split = splits[group_of[entry["content"]]]
+        if (entry.get("split") or split) == split == splits.setdefault(entry.get("group") or entry["content"], split):
+            kept.append({**entry, "split": split})
+        else:
+            report.problems["its sound or group is in another split"].append(entry["file"])
+    return kept
