@@ -66,12 +66,6 @@ def tokenized(rows: list[dict], tokenizer: Tokenizer, max_tokens: int, described
     return [s for s, _ in kept], [task for _, task in kept]
 
 
-def recordings(rows: list[dict]) -> list[tuple[str, float]]:
-    """(file, start) of every recording that the rows, their shots and their pools name."""
-    parts = (part for row in rows for part in [row, *row.get("shots", []), *row.get("pool", [])])
-    return [(p["audio"], p.get("start", 0.0)) for p in parts if p.get("audio")]
-
-
 def padded(rows: list[list[int]], fill: int = 0, left: bool = False) -> torch.Tensor:
     """Rows of whole numbers -> (B, T), each with `fill` behind it, or before it."""
     return torch.nn.utils.rnn.pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], batch_first=True, padding_value=fill,

@@ -198,24 +198,23 @@ def _gather(entry: DataSet, work: Path, source: str, mirror: str) -> tuple[list[
     """The set's files in `source` (verified) or `work` (fetched) -> the archives to unpack; are its tables as published?"""
     shutil.rmtree(work / "unpacked", ignore_errors=True)
     work.mkdir(parents=True, exist_ok=True)
-    names = {file.name for file in entry.files}
-    held = {path.name: path for path in folder.walk(source) if path.name in names and path.is_file()} if source else {}
-    here = [file for file in entry.files if file.name in held]
+    files = {file.name: file for file in entry.files}
+    held = {files[path.name]: path for path in folder.walk(source) if path.name in files and path.is_file()} if source else {}
     listed = entry.read is readers.crema_d             # its one file lists the others: address, size, sha256
-    missing = [file for file in entry.files if file.name not in held and not (source and (file.packed or listed))]
+    missing = [file for file in entry.files if file not in held and not (source and (file.packed or listed))]
     published = True
-    for file in here:
+    for file, path in held.items():
         try:
-            verify(held[file.name], file.checksum)
+            verify(path, file.checksum)
         except WrongChecksum:
             if file.packed:
                 raise
             published = False
-            print(f"{held[file.name]}: not the published table (checksum), but one of your own: read all the same")
+            print(f"{path}: not the published table (checksum), but one of your own: read all the same")
     absent = [file for file in missing if not (work / file.name).exists()]
     if absent and not entry.bring:                     # the archives, what they hold, and the recordings made of it
         need_space(work, 3e9 * entry.gigabytes * len(absent) / len(entry.files), "this data set")
-    paths = [held[file.name] for file in here] + [fetch(file, work, mirror) for file in missing]
+    paths = [*held.values(), *(fetch(file, work, mirror) for file in missing)]
     if listed and not source:
         lines = [line.split() for line in paths[0].read_text("utf-8", "replace").splitlines()]
         for line in tqdm([line for line in lines if len(line) > 2 and line[0].endswith(".wav")], "files", unit="file", mininterval=0.5):

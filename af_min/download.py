@@ -139,10 +139,10 @@ def _receive(url: str, part: Path, quiet: bool) -> None:
             part.unlink()
         raise
     with answer:
-        if answer.status != 206 or not answer.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
-            if answer.status == 206:
-                raise ConnectionError("the server continues at another place")
+        if answer.status != 206:
             have = 0
+        elif not answer.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+            raise ConnectionError("the server continues at another place")
         length = answer.headers.get("Content-Length")
         total = have + int(length) if length else None
         need_space(part.parent, int(length or 0), f"{part.name.removesuffix('.part')} from {url}")

@@ -149,6 +149,12 @@ def check_row(row, where: str) -> None:
     need("group" not in row or text(row["group"]), "group", "text")
 
 
+def recordings(rows: Iterable[dict]) -> list[tuple[str, float]]:
+    """(file, start) of every recording that the rows, their shots and their pools name."""
+    parts = (part for row in rows for part in [row, *row.get("shots", []), *row.get("pool", [])])
+    return [(p["audio"], p.get("start", 0.0)) for p in parts if p.get("audio")]
+
+
 def check_replaceable(out) -> None:
     """UserError if `out` is there and is no prepared data set: nothing else is ever overwritten."""
     out = Path(out)
@@ -249,9 +255,8 @@ def check(folder) -> list[str]:
             except UserError as error:
                 wrong.append(str(error))
                 continue
-            for part in (row, *row.get("shots", []), *row.get("pool", [])):
-                if part.get("audio"):
-                    starts[part["audio"]] = max(starts.get(part["audio"], 0.0), part.get("start", 0.0))
+            for name, start in recordings([row]):
+                starts[name] = max(starts.get(name, 0.0), start)
             if row.get("audio"):
                 splits[row["audio"]].setdefault(split, Path(where).name)
                 groups[row.get("group")].setdefault(split, Path(where).name)

@@ -11,7 +11,7 @@ import torch
 
 from af_min import manifest
 from af_min.cli import UserError
-from af_min.data import Dataset, Mixture, WindowCaptions, collate, parse_data, recordings, rows_of, stream, tokenized
+from af_min.data import Dataset, Mixture, WindowCaptions, collate, parse_data, rows_of, stream, tokenized
 from af_min.text import IGNORE, Sample
 
 
@@ -188,7 +188,7 @@ def test_each_reference_is_a_sample_and_what_cannot_be_learned_is_dropped(tokeni
 
 
 def test_recordings_of_rows_of_their_shots_and_of_their_pools():
-    got = recordings([{"start": 0.0, **row} for row in ROWS])
+    got = manifest.recordings([{"start": 0.0, **row} for row in ROWS])
     assert set(got) == {("a.wav", 0.0), ("b.wav", 2.5), ("c.wav", 0.0), ("a.wav", 1.0), ("d.wav", 0.0), ("e.wav", 0.0), ("f.wav", 0.0)}
 
 
