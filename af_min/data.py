@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from . import manifest
 from .cli import UserError
@@ -68,8 +69,8 @@ def tokenized(rows: list[dict], tokenizer: Tokenizer, max_tokens: int, described
 
 def padded(rows: list[list[int]], fill: int = 0, left: bool = False) -> torch.Tensor:
     """Rows of whole numbers -> (B, T), each with `fill` behind it, or before it."""
-    return torch.nn.utils.rnn.pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], batch_first=True, padding_value=fill,
-                                           padding_side="left" if left else "right")
+    return pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], batch_first=True, padding_value=fill,
+                        padding_side="left" if left else "right")
 
 
 @dataclass
@@ -88,10 +89,8 @@ def collate(samples: list[tuple[Sample, Store | None]], pad_id: int, width: int,
     """Pad samples to one batch, on the right for training, on the left for generation."""
     ids, labels, real = zip(*((s.ids, s.labels, [1] * len(s.ids)) for s, _ in samples))
     audios = [[store[place] for place in s.audios] for s, store in samples]
-    flat = [a for of_sample in audios for a in of_sample]
-    windows = torch.zeros(len(flat), max((len(a) for a in flat), default=0), width)
-    for a, embedded in enumerate(flat):
-        windows[a, :len(embedded)] = torch.from_numpy(np.asarray(embedded, np.float32))
+    flat = [torch.from_numpy(np.asarray(a, np.float32)) for of_sample in audios for a in of_sample]
+    windows = pad_sequence(flat, batch_first=True) if flat else torch.zeros(0, 0, width)
     return Batch(padded(ids, pad_id, left), padded(labels, IGNORE, left), padded(real, 0, left).bool(), windows,
                  padded([[len(a) for a in of_sample] for of_sample in audios]))
 
