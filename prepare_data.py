@@ -51,14 +51,12 @@ def main() -> None:
     if args.sample_rate > MAX_RATE:
         raise UserError(f"--sample-rate {args.sample_rate}: expected {MAX_RATE} or less, which is what flac can hold")
     out = Path(args.out or f"data/{args.dataset}")
-
     if args.list:
         print(datasets.listing(Path("data")))
         return
     if args.check:
-        wrong = manifest.check(args.check)
-        print("\n".join(wrong))
-        if wrong:
+        if wrong := manifest.check(args.check):
+            print("\n".join(wrong))
             raise UserError(f"{args.check}: {len(wrong)} things are wrong (above); prepare it again")
         print(f"{args.check}: every row, every recording and the splits are in order")
         return
