@@ -51,33 +51,29 @@ def main() -> None:
     if args.sample_rate > MAX_RATE:
         raise UserError(f"--sample-rate {args.sample_rate}: expected {MAX_RATE} or less, which is what flac can hold")
     out = Path(args.out or f"data/{args.dataset}")
-
-    def progress(items, what="recordings"):
-        return tqdm(items, what, unit="file", mininterval=0.5)
-
-    for name in NOT_FOR.get(args.dataset, ("labels_from_names",)) if not (args.list or args.check) else ():
-        if getattr(args, name) != getattr(Args, name):
-            raise UserError(f"--{name.replace('_', '-')} means nothing to --dataset {args.dataset}; which --dataset is meant?")
     if args.list:
         print(datasets.listing(Path("data")))
-    elif args.check:
-        wrong = manifest.check(args.check, progress)
-        print("\n".join(wrong))
-        if wrong:
+        return
+    if args.check:
+        if wrong := manifest.check(args.check):
+            print("\n".join(wrong))
             raise UserError(f"{args.check}: {len(wrong)} things are wrong (above); prepare it again")
         print(f"{args.check}: every row, every recording and the splits are in order")
-    elif args.dataset == "scenes":
+        return
+    for name in NOT_FOR.get(args.dataset, ("labels_from_names",)):
+        if getattr(args, name) != getattr(Args, name):
+            raise UserError(f"--{name.replace('_', '-')} means nothing to --dataset {args.dataset}; which --dataset is meant?")
+    if args.dataset == "scenes":
         card = prepare_scenes(out, args.seed)
         for split, facts in card["splits"].items():
             print(f"{split}: {facts['rows']} rows: " + ", ".join(f"{task} {count}" for task, count in facts["tasks"].items()))
         print(f"{out}: {card['hours']:.2f} h, {len(card['classes'])} classes, sha256 {card['sha256']}")
     elif args.dataset != "folder":
-        print(datasets.prepare(args.dataset, out, args.source, args.mirror, args.limit, args.sample_rate, args.seed, progress))
+        print(datasets.prepare(args.dataset, out, args.source, args.mirror, args.limit, args.sample_rate, args.seed))
     elif not args.source:
         raise UserError("--dataset folder: --source is missing, the folder that holds your recordings")
     else:
-        print(folder.import_folder(args.source, out, args.sample_rate, seed=args.seed, labels_from_names=args.labels_from_names,
-                                   progress=progress))
+        print(folder.import_folder(args.source, out, args.sample_rate, args.seed, args.labels_from_names))
 
 
 if __name__ == "__main__":

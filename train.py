@@ -256,7 +256,7 @@ def check_rows(folders, args: Args, tokenizer, config) -> None:
             raise UserError(f"--stage {stage}: no row of its kind in {', '.join(map(str, rows))}; your own recordings teach a trained model: "
                             "--stage sft --init RUN")
         for folder in rows:
-            for file in dict.fromkeys(file for file, _ in data.recordings(rows[folder])):
+            for file in dict.fromkeys(file for file, _ in manifest.recordings(rows[folder])):
                 if stage != "lm" and not (folder / file).exists():         # lm reads what they sound like
                     raise UserError(f"{folder / file}: is not there; the manifest names it, so prepare the data set again")
         limit = min(stage_settings(args, stage).max_tokens, config.lm.max_positions)

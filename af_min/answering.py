@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from . import checkpoint, data
+from . import checkpoint, data, manifest
 from .cli import UserError
 from .flamingo import AudioFlamingo, Sampling, State
 from .retrieval import Place
@@ -109,7 +109,7 @@ class Answerer:
         """The model of a run folder, and the embeddings of all recordings that rows of a data set name (`name`: of the bar)."""
         model, tokenizer = checkpoint.load_run(run, device)
         store = Store(folder, model.encoder, model.config.audio, model.config.clap.out_width)
-        store.add(data.recordings(rows), name)
+        store.add(manifest.recordings(rows), name)
         return cls(model, tokenizer, store, max_new)
 
     def _read(self, rows: list[dict], room: int) -> tuple[State, torch.Tensor]:

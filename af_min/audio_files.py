@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -79,26 +80,26 @@ def read(file: soundfile.SoundFile, path, first: int, count: int) -> np.ndarray:
         file.seek(first)
         x_SC = file.read(count, dtype="float64", always_2d=True)
     except soundfile.SoundFileError as error:
-        raise AudioError(path, "truncated", f"decoding stops early ({error}); make the file again") from None
+        raise cut_off(path, f"decoding stops early ({error})") from None
     if len(x_SC) < count:
-        raise AudioError(path, "truncated", f"{first + len(x_SC)} samples, its header says {first + count}; make the file again")
+        raise cut_off(path, f"{first + len(x_SC)} samples, its header says {first + count}")
     if not np.isfinite(x_SC[:, 0]).all():
         raise AudioError(path, "NaN", "it holds samples that are not numbers; write it again as 16-bit audio")
     return x_SC[:, 0]
 
 
+def cut_off(path, found: str) -> AudioError:
+    return AudioError(path, "truncated", f"{found}; make the file again")
+
+
 def check_truncation(path, file: soundfile.SoundFile) -> None:
     """Decoders read a cut-off wav or ogg as a shorter one without a word: compare what the headers promise."""
-    log = file.extra_info
-    found = None
-    if cut := re.search(r"^(?:data|SSND) *: (\d+) \(should be (\d+)\)", log, re.MULTILINE):
+    if cut := re.search(r"^(?:data|SSND) *: (\d+) \(should be (\d+)\)", file.extra_info, re.MULTILINE):
         said, held = map(int, cut.groups())
         if held < said < 0x7FFF0000:                       # larger: "unknown", as streaming programs write it
-            found = f"{held} bytes of sound, its header says {said}"
-    elif re.search("Ogg *: (File ended|Last page lacks|Junk after)", log):
-        found = "its last Ogg page is missing or cut off"
-    if found:
-        raise AudioError(path, "truncated", f"{found}; make the file again")
+            raise cut_off(path, f"{held} bytes of sound, its header says {said}")
+    elif re.search("Ogg *: (File ended|Last page lacks|Junk after)", file.extra_info):
+        raise cut_off(path, "its last Ogg page is missing or cut off")
 
 
 def frame_length(header: bytes) -> int:
@@ -134,18 +135,18 @@ def mp3_with_length(path) -> bytes:
     frames = list(mp3_frames(data))
     if not frames:
         return data
-    first, count, said = frames[0], len(frames), []
+    first = frames[0]
     tag = max(data.find(name, first, first + 64) for name in (b"Xing", b"Info"))
-    if tag > 0:                                            # bits 0 and 1: the numbers of frames and of bytes are given
-        count, fields = count - 1, [data[tag + 8:tag + 12], data[tag + 12:tag + 16]]
-        said = [int.from_bytes(fields.pop(0), "big") if data[tag + 7] & bit else 0 for bit in (1, 2)]
-        for held, told, what in zip((count + 1, len(data) - first), said, ("frames", "bytes")):               # some count the header's own frame
-            if held < told:
-                raise AudioError(path, "truncated", f"{held} mp3 {what}, its header says {told}; make the file again")
-    if said and count <= said[0]:
-        return data
+    if tag > 0:
+        flags, *numbers = struct.unpack(">3I", data[tag + 4:tag + 16].ljust(12, b"\0"))
+        count = numbers.pop(0) if flags & 1 else 0
+        size = numbers.pop(0) if flags & 2 else 0
+        if len(frames) < count or len(data) - first < size:
+            raise cut_off(path, f"{len(frames)} mp3 frames in {len(data) - first} bytes, its header says {count} in {size or '?'}")
+        if len(frames) - 1 <= count:                       # one of them is the header's own, which some count
+            return data
     version, rate, mode = data[first + 1] | 1, data[first + 2] & 0x0C, data[first + 3]                          # | 1: without a checksum
     header = bytes([0xFF, version, 0x90 | rate, mode])     # a bitrate that gives it room
     side = {(True, False): 32, (False, True): 9}.get((version & 0x18 == 0x18, mode >> 6 == 3), 17)              # bytes of side information
-    info = header + bytes(side) + b"Xing" + bytes([0, 0, 0, 1]) + (count + (tag > 0)).to_bytes(4, "big")
+    info = header + bytes(side) + b"Xing" + bytes([0, 0, 0, 1]) + len(frames).to_bytes(4, "big")
     return info.ljust(frame_length(header), b"\0") + data[first:]

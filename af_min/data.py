@@ -8,11 +8,14 @@ the steps before it, and a resumed run sees what the interrupted one would have 
 from __future__ import annotations
 
 import bisect
+import re
+from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from . import manifest
 from .cli import UserError
@@ -38,7 +41,7 @@ def parse_data(specs: list[str]) -> list[tuple[Path, float]]:
     """`folder` or `folder:weight` -> (folder, weight). UserError for a folder without card.json or a bad weight."""
     parsed = []
     for spec in specs:
-        folder, _, weight = spec.rpartition(":") if spec.rpartition(":")[2].replace(".", "", 1).isdecimal() else (spec, "", "1")
+        folder, weight = re.fullmatch(r"(.*?)(?::(\d+\.?\d*|\.\d+))?", spec, re.DOTALL).groups("1")
         manifest.read_card(folder)
         if not float(weight) > 0:
             raise UserError(f"--data {spec}: the weight must be above 0")
@@ -59,21 +62,15 @@ def rows_of(folder: Path, split: str, stage: str) -> list[dict]:
 def tokenized(rows: list[dict], tokenizer: Tokenizer, max_tokens: int, described: bool = False) -> tuple[list[Sample], list[str]]:
     """-> samples of rows, the task of each; several references make several samples; what has no supervised token left is dropped."""
     flat = [{**row, "answer": answer} for row in rows for answer in row.get("answers", [row.get("answer", "")])]
-    samples = [write_sample(tokenizer, row, described, max_tokens=max_tokens) for row in flat]
-    kept = [(s, row["task"]) for s, row in zip(samples, flat) if any(label != IGNORE for label in s.labels[1:])]
+    samples = [(write_sample(tokenizer, row, described, max_tokens=max_tokens), row["task"]) for row in flat]
+    kept = [(s, task) for s, task in samples if any(label != IGNORE for label in s.labels[1:])]
     return [s for s, _ in kept], [task for _, task in kept]
-
-
-def recordings(rows: list[dict]) -> list[tuple[str, float]]:
-    """(file, start) of every recording that the rows, their shots and their pools name."""
-    parts = (part for row in rows for part in [row, *row.get("shots", []), *row.get("pool", [])])
-    return [(p["audio"], p.get("start", 0.0)) for p in parts if p.get("audio")]
 
 
 def padded(rows: list[list[int]], fill: int = 0, left: bool = False) -> torch.Tensor:
     """Rows of whole numbers -> (B, T), each with `fill` behind it, or before it."""
-    return torch.nn.utils.rnn.pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], batch_first=True, padding_value=fill,
-                                           padding_side="left" if left else "right")
+    return pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], batch_first=True, padding_value=fill,
+                        padding_side="left" if left else "right")
 
 
 @dataclass
@@ -92,10 +89,8 @@ def collate(samples: list[tuple[Sample, Store | None]], pad_id: int, width: int,
     """Pad samples to one batch, on the right for training, on the left for generation."""
     ids, labels, real = zip(*((s.ids, s.labels, [1] * len(s.ids)) for s, _ in samples))
     audios = [[store[place] for place in s.audios] for s, store in samples]
-    flat = [a for of_sample in audios for a in of_sample]
-    windows = torch.zeros(len(flat), max((len(a) for a in flat), default=0), width)
-    for a, embedded in enumerate(flat):
-        windows[a, :len(embedded)] = torch.from_numpy(np.asarray(embedded, np.float32))
+    flat = [torch.from_numpy(np.asarray(a, np.float32)) for of_sample in audios for a in of_sample]
+    windows = pad_sequence(flat, batch_first=True) if flat else torch.zeros(0, 0, width)
     return Batch(padded(ids, pad_id, left), padded(labels, IGNORE, left), padded(real, 0, left).bool(), windows,
                  padded([[len(a) for a in of_sample] for of_sample in audios]))
 
@@ -116,8 +111,7 @@ class Mixture:
         self.datasets, self.seed = datasets, seed
         self.parts = max(1, min(PARTS, max_samples, max_tokens // PART_TOKENS))
         self.max_samples, self.max_tokens = max_samples // self.parts, max_tokens // self.parts    # of a part
-        sizes = [len(d.samples) for d in datasets]
-        if not sum(sizes):
+        if not any(d.samples for d in datasets):
             raise UserError(f"nothing to train on in {', '.join(d.name for d in datasets)}: no row of this stage's kind")
         self.lengths = [np.array([len(s.ids) for s in d.samples]) for d in datasets]
         total = sum(d.weight for d in datasets if d.samples)
@@ -161,9 +155,9 @@ class WindowCaptions:
     """Batches for contrastive training: a few windows of each of many recordings, so that neighbours are told apart too."""
 
     def __init__(self, rows: list[dict], size: int, seed: int, each: int = 4):
-        groups: dict[str, list[dict]] = {}
+        groups = defaultdict(list)
         for row in rows:
-            groups.setdefault(row["audio"], []).append(row)
+            groups[row["audio"]].append(row)
         self.groups = list(groups.values())
         if not self.groups:
             raise UserError("nothing to train the window encoder on: no row has the task WindowText; your own recordings teach a trained model: "

@@ -10,10 +10,12 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
+
+from tqdm import tqdm
 
 from . import folder, manifest, readers
 from .cli import UserError, alone
@@ -41,24 +43,25 @@ def _files(address: str, *lines: str) -> tuple[File, ...]:
     return tuple(File(f"{address}/{quote(name)}", checksum.strip("-")) for checksum, name in (line.split(" ", 1) for line in lines))
 
 
-def _zenodo(record: int, *lines: str) -> tuple[File, ...]:
-    return _files(f"https://zenodo.org/records/{record}/files", *lines)
+def _zenodo(record: int, *lines: str) -> tuple[str, tuple[File, ...]]:
+    """Page and files."""
+    page = f"https://zenodo.org/records/{record}"
+    return page, _files(f"{page}/files", *lines)
 
 
 TABLE = {
     "clotho": DataSet(
         readers.clotho, "captioning", "clips: each its own Creative Commons licence; captions: Tampere University, non-commercial",
-        "Drossos et al., Clotho: an audio captioning dataset, ICASSP 2020", "https://zenodo.org/records/4783391",
-        _zenodo(4783391, "c8b05bc7acdb13895bb3c6a29608667e clotho_audio_development.7z",
-                "7dba730be08bada48bd15dc4e668df59 clotho_audio_validation.7z",
-                "4569624ccadf96223f19cb59fe4f849f clotho_audio_evaluation.7z",
-                "d4090b39ce9f2491908eebf4d5b09bae clotho_captions_development.csv",
-                "5879e023032b22a2c930aaa0528bead4 clotho_captions_validation.csv",
-                "1b16b9e57cf7bdb7f13a13802aeb57e2 clotho_captions_evaluation.csv"), 5929, gigabytes=8.9),
+        "Drossos et al., Clotho: an audio captioning dataset, ICASSP 2020",
+        *_zenodo(4783391, "c8b05bc7acdb13895bb3c6a29608667e clotho_audio_development.7z",
+                 "7dba730be08bada48bd15dc4e668df59 clotho_audio_validation.7z",
+                 "4569624ccadf96223f19cb59fe4f849f clotho_audio_evaluation.7z",
+                 "d4090b39ce9f2491908eebf4d5b09bae clotho_captions_development.csv",
+                 "5879e023032b22a2c930aaa0528bead4 clotho_captions_validation.csv",
+                 "1b16b9e57cf7bdb7f13a13802aeb57e2 clotho_captions_evaluation.csv"), 5929, gigabytes=8.9),
     "clotho_aqa": DataSet(
         readers.clotho_aqa, "questions", ASK_PAGE, "Lipping et al., Clotho-AQA, EUSIPCO 2022, arXiv 2204.09634",
-        "https://zenodo.org/records/6473207",
-        _zenodo(6473207, "- audio_files.zip", "- clotho_aqa_train.csv", "- clotho_aqa_val.csv", "- clotho_aqa_test.csv"),
+        *_zenodo(6473207, "- audio_files.zip", "- clotho_aqa_train.csv", "- clotho_aqa_val.csv", "- clotho_aqa_test.csv"),
         1991, gigabytes=3.1),
     "esc50": DataSet(
         readers.esc50, "sound events", "CC BY-NC 3.0", "Piczak, ESC: dataset for environmental sound classification, ACM MM 2015",
@@ -73,13 +76,12 @@ TABLE = {
                "- nsynth-valid.jsonwav.tar.gz", "- nsynth-test.jsonwav.tar.gz"), 305_979, 340.0, 25.2),
     "urbansound8k": DataSet(
         readers.urbansound8k, "sound events", "CC BY-NC (3.0 or 4.0: its sources differ)",
-        "Salamon et al., A dataset and taxonomy for urban sound research, ACM MM 2014", "https://zenodo.org/records/1203745",
-        _zenodo(1203745, "9aa69802bbf37fb986f71ec1483a196e UrbanSound8K.tar.gz"), 8732, gigabytes=6.0),
+        "Salamon et al., A dataset and taxonomy for urban sound research, ACM MM 2014",
+        *_zenodo(1203745, "9aa69802bbf37fb986f71ec1483a196e UrbanSound8K.tar.gz"), 8732, gigabytes=6.0),
     "fsd50k": DataSet(
         readers.fsd50k, "sound events, several a clip", "CC BY 4.0; clips: each its own Creative Commons licence",
         "Fonseca et al., FSD50K: an open dataset of human-labeled sound events, IEEE/ACM TASLP 2022",
-        "https://zenodo.org/records/4060432",
-        _zenodo(4060432, *(f"{md5} FSD50K.{name}" for name, md5 in {
+        *_zenodo(4060432, *(f"{md5} FSD50K.{name}" for name, md5 in {
             "dev_audio.zip": "c480d119b8f7a7e32fdb58f3ea4d6c5a", "dev_audio.z01": "faa7cf4cc076fc34a44a479a5ed862a3",
             "dev_audio.z02": "8f9b66153e68571164fb1315d00bc7bc", "dev_audio.z03": "1196ef47d267a993d30fa98af54b7159",
             "dev_audio.z04": "d088ac4e11ba53daf9f7574c11cccac9", "dev_audio.z05": "81356521aa159accd3c35de22da28c7f",
@@ -88,8 +90,7 @@ TABLE = {
     "ravdess": DataSet(
         readers.ravdess, "emotions", "CC BY-NC-SA 4.0",
         "Livingstone and Russo, The Ryerson audio-visual database, PLoS ONE 13(5), 2018",
-        "https://zenodo.org/records/1188976",
-        _zenodo(1188976, "bc696df654c87fed845eb13823edef8a Audio_Speech_Actors_01-24.zip"), 1440, gigabytes=0.2),
+        *_zenodo(1188976, "bc696df654c87fed845eb13823edef8a Audio_Speech_Actors_01-24.zip"), 1440, gigabytes=0.2),
     "crema_d": DataSet(
         readers.crema_d, "emotions", ASK_PAGE,
         "Cao et al., CREMA-D: crowd-sourced emotional multimodal actors dataset, IEEE TAC 2014",
@@ -99,25 +100,22 @@ TABLE = {
     "medley_solos": DataSet(
         readers.medley_solos, "instruments", "CC BY 4.0",
         "Lostanlen and Cella, Deep convolutional networks on the pitch spiral, ISMIR 2016",
-        "https://zenodo.org/records/3464194",
-        _zenodo(3464194, "f5facf398793ef5c1f80c013afdf3e5f Medley-solos-DB.tar.gz",
-                "fda6a589c56785f2195c9227809c521a Medley-solos-DB_metadata.csv")),
+        *_zenodo(3464194, "f5facf398793ef5c1f80c013afdf3e5f Medley-solos-DB.tar.gz",
+                 "fda6a589c56785f2195c9227809c521a Medley-solos-DB_metadata.csv")),
     "macs": DataSet(
         readers.macs, "captioning", f"{ASK_PAGE} (LICENSE.txt)", "Martin-Morato and Mesaros, MACS, DCASE 2021",
-        "https://zenodo.org/records/5114771", _zenodo(5114771, "23fcb2ebd0b109094034ef9e87972256 MACS.yaml") + _zenodo(2589280, *(
+        "https://zenodo.org/records/5114771", _zenodo(5114771, "23fcb2ebd0b109094034ef9e87972256 MACS.yaml")[1] + _zenodo(2589280, *(
             f"{md5} TAU-urban-acoustic-scenes-2019-development.audio.{part}.zip" for part, md5 in {
                 1: "aca4ebfd9ed03d5f747d6ba8c24bc728", 2: "c4f170408ce77c8c70c532bf268d7be0",
                 3: "c7214a07211f10f3250290d05e72c37e", 9: "3c32a693a6b111ffb957be3c1dd22e9b",
                 10: "0ffbf60006da520cc761fb74c878b98b", 11: "599055d93b4c11057c29be2df54538d4",
-                12: "98b8d162ff3665695c4c910e6c372cc8", 13: "a356c08b1a5a21d433eba37ef87587f4"}.items())), 3930, 10.9, 13.0),
+                12: "98b8d162ff3665695c4c910e6c372cc8", 13: "a356c08b1a5a21d433eba37ef87587f4"}.items()))[1], 3930, 10.9, 13.0),
     "cochlscene": DataSet(
         readers.cochlscene, "scenes", ASK_PAGE, "Jeong and Park, CochlScene, APSIPA 2022, arXiv 2211.02289",
-        "https://zenodo.org/records/7080122",
-        _zenodo(7080122, *(f"- CochlScene.{part}" for part in ("z01", "z02", "z03", "z04", "z05", "zip"))), 76_000, 211.0, 53.9),
+        *_zenodo(7080122, *(f"- CochlScene.{part}" for part in ("z01", "z02", "z03", "z04", "z05", "zip"))), 76_000, 211.0, 53.9),
     "nonspeech7k": DataSet(
         readers.nonspeech7k, "sound events", ASK_PAGE, "Rashid et al., Nonspeech7k dataset, IET Signal Processing 2023",
-        "https://zenodo.org/records/6967442",
-        _zenodo(6967442, "- train.zip", "- test.zip", "- metadata of train set .csv", "- metadata of test set.csv")),
+        *_zenodo(6967442, "- train.zip", "- test.zip", "- metadata of train set .csv", "- metadata of test set.csv")),
     "gtzan": DataSet(
         readers.gtzan, "genres", "unknown", "Tzanetakis and Cook, Musical genre classification of audio signals, IEEE TSAP 2002",
         "https://web.archive.org/web/20220328223413/http://opihi.cs.uvic.ca/sound/ (the original host is gone)", _files(
@@ -125,7 +123,7 @@ TABLE = {
             "24347e0223d2ba798e0a558c4c172d9d4a19c00bb7963fe055d183dadb4ef2c6 genres.tar.gz"), 1000, 8.3, 1.2),
     "tut2017": DataSet(
         readers.tut2017, "scenes", "TUT licence (EULA.pdf in its archives)", "Mesaros et al., TUT acoustic scenes 2017, DCASE 2017",
-        "https://zenodo.org/records/1040168", _zenodo(1040168, *(
+        *_zenodo(1040168, *(
             f"- TUT-acoustic-scenes-2017-evaluation.{part}.zip" for part in ("audio.1", "audio.2", "audio.3", "audio.4", "meta")))),
     "audiocaps": DataSet(
         readers.audiocaps, "captioning", ASK_PAGE, "Kim et al., AudioCaps, NAACL 2019", "https://github.com/cdjkim/audiocaps",
@@ -157,8 +155,8 @@ TABLE = {
 }
 
 
-def prepare(name: str, out, source: str = "", mirror: str = "", limit: int = 0, sample_rate: int = 44_100, seed: int = 0,
-            progress: Callable[[Iterable, str], Iterable] = lambda items, what: items) -> folder.Report:
+def prepare(name: str, out, source: str = "", mirror: str = "", limit: int = 0, sample_rate: int = 44_100,
+            seed: int = 0) -> folder.Report:
     """Write the data set `name` to `out`. Archives stay in downloads/<name> beside it, so that the next time nothing is fetched.
 
     source: a folder with archives, or with an unpacked copy; what it holds is not fetched, and no archive is fetched then.
@@ -176,7 +174,7 @@ def prepare(name: str, out, source: str = "", mirror: str = "", limit: int = 0, 
         raise UserError(f"--source {source}: there is no such folder")
     with alone(work, "--out"):
         try:
-            archives, published = _gather(entry, work, source, mirror, progress)
+            archives, published = _gather(entry, work, source, mirror)
             facts = {"source": entry.page, "licence": entry.licence, "cite": entry.cite} if published else {
                 "source": f"recordings of {Path(source).resolve().name}, laid out as {name}", "licence": "its owner's"}
             for archive in archives:
@@ -187,38 +185,35 @@ def prepare(name: str, out, source: str = "", mirror: str = "", limit: int = 0, 
             shares = {"val": 0.0 if "val" in given or given == {"train"} else 0.1, "test": 0.0 if given & {"train", "test"} else 0.2}
             if limit:
                 entries = _limited(entries, limit, seed)
-            return folder.write_dataset(
-                out, entries, found.paths, report, sample_rate, where=source or str(work), seed=seed, **shares, **facts,
-                progress=lambda names: progress(names, "recordings"))
+            return folder.write_dataset(out, entries, found.paths, report, sample_rate, source or str(work), seed, **shares, **facts)
         finally:
             shutil.rmtree(work / "unpacked", ignore_errors=True)
 
 
-def _gather(entry: DataSet, work: Path, source: str, mirror: str, progress: Callable) -> tuple[list[Path], bool]:
+def _gather(entry: DataSet, work: Path, source: str, mirror: str) -> tuple[list[Path], bool]:
     """The set's files in `source` (verified) or `work` (fetched) -> the archives to unpack; are its tables as published?"""
     shutil.rmtree(work / "unpacked", ignore_errors=True)
     work.mkdir(parents=True, exist_ok=True)
-    names = {file.name for file in entry.files}
-    held = {path.name: path for path in folder.walk(source) if path.name in names and path.is_file()} if source else {}
-    here = [file for file in entry.files if file.name in held]
+    files = {file.name: file for file in entry.files}
+    held = {files[path.name]: path for path in folder.walk(source) if path.name in files and path.is_file()} if source else {}
     listed = entry.read is readers.crema_d             # its one file lists the others: address, size, sha256
-    missing = [file for file in entry.files if file.name not in held and not (source and (file.packed or listed))]
+    missing = [file for file in entry.files if file not in held and not (source and (file.packed or listed))]
     published = True
-    for file in here:
+    for file, path in held.items():
         try:
-            verify(held[file.name], file.checksum)
+            verify(path, file.checksum)
         except WrongChecksum:
             if file.packed:
                 raise
             published = False
-            print(f"{held[file.name]}: not the published table (checksum), but one of your own: read all the same")
+            print(f"{path}: not the published table (checksum), but one of your own: read all the same")
     absent = [file for file in missing if not (work / file.name).exists()]
     if absent and not entry.bring:                     # the archives, what they hold, and the recordings made of it
         need_space(work, 3e9 * entry.gigabytes * len(absent) / len(entry.files), "this data set")
-    paths = [held[file.name] for file in here] + [fetch(file, work, mirror) for file in missing]
+    paths = [*held.values(), *(fetch(file, work, mirror) for file in missing)]
     if listed and not source:
         lines = [line.split() for line in paths[0].read_text("utf-8", "replace").splitlines()]
-        for line in progress([line for line in lines if len(line) > 2 and line[0].endswith(".wav")], "files"):
+        for line in tqdm([line for line in lines if len(line) > 2 and line[0].endswith(".wav")], "files", unit="file", mininterval=0.5):
             fetch(File(line[0], line[2]), work, mirror, quiet=True)
     return [path for path in paths if is_archive(path.name)], published
 
@@ -228,7 +223,8 @@ def _resolved(dataset: str, entries: Iterator[dict], found: readers.Source) -> l
     kept, missing, problems = [], {}, found.report.problems
     try:
         for item in entries:
-            where, split, name = item.pop("where", item["file"]), item["split"], item["file"]
+            where, name = item.pop("where", item["file"]), item["file"]
+            split = folder.SPLIT_NAMES.get(str(item["split"]).lower())
             try:
                 manifest.check_row({**item, "audio": name[1:] if str(name).startswith("/") else name}, where)
             except UserError as error:
@@ -237,10 +233,10 @@ def _resolved(dataset: str, entries: Iterator[dict], found: readers.Source) -> l
             file = found.find(name)
             if not file:
                 missing[name.removeprefix("/")] = True
-            elif split and str(split).lower() not in folder.SPLIT_NAMES:
-                problems["row with a split that is not train, val or test"].append(f"{where} ({split!s:.20})")
+            elif split is None:
+                problems["row with a split that is not train, val or test"].append(f"{where} ({item['split']!s:.20})")
             else:
-                kept.append({**item, "file": file, "split": folder.SPLIT_NAMES[split.lower()] if split else ""})
+                kept.append({**item, "file": file, "split": split})
     except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
         if isinstance(error, UserError):
             raise
@@ -268,7 +264,6 @@ def listing(data: Path) -> str:
             on_disk.append(f"{manifest.read_card(data / name).get('recordings', '?')} recordings prepared")
         if there := sum((data / "downloads" / name / file.name).exists() for file in entry.files):
             on_disk.append(f"{there} of {len(entry.files)} files")
-        numbers = [str(entry.clips or "-"), str(entry.hours or "-"), str(entry.gigabytes or "-")]
-        lines.append(f"{name:14s}{numbers[0]:>9s}{numbers[1]:>8s}{numbers[2]:>7s}  {', '.join(on_disk) or '-':34s}"
+        lines.append(f"{name:14s}{entry.clips or '-':>9}{entry.hours or '-':>8}{entry.gigabytes or '-':>7}  {', '.join(on_disk) or '-':34s}"
                      f"{entry.task}; {entry.licence}; {entry.page}" + ("; recordings: yours" if entry.bring else ""))
     return "\n".join(lines)

@@ -26,7 +26,7 @@ import urllib.parse
 import urllib.request
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -43,9 +43,7 @@ BOMB_FLOOR, BOMB_RATIO = 1 << 29, 100      # bytes that any archive may hold, an
 PART = re.compile(r"\.z\d\d+")            # of a zip in parts, the last of which ends in .zip
 ARCHIVES = (".zip", ".7z", ".tar", ".tar.gz", ".tgz")
 DAMAGED = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, struct.error, EOFError, OSError, RuntimeError,
-           ValueError)
-ENTRY = "<4s6H3I5H2I"       # of a zip's central directory, without name, extra fields and comment
-ALL32, ALL16 = 0xFFFFFFFF, 0xFFFF          # zip: "the value stands in the 64-bit field"
+           ValueError, IndexError)
 
 
 @dataclass(frozen=True)
@@ -82,9 +80,10 @@ def verify(path: Path, checksum: str) -> None:
                                 "and run again, and if that does not help get the file by other means (--source, --mirror)")
 
 
-def need_space(folder: Path, count: float, what: str) -> None:
-    """UserError unless `count` bytes fit beside RESERVE."""
-    free = shutil.disk_usage(folder).free
+def need_space(folder: Path, count: float, what: str, free: int | None = None) -> None:
+    """UserError unless `count` bytes fit beside RESERVE, into `free` bytes if that is given."""
+    if free is None:
+        free = shutil.disk_usage(folder).free
     if count + RESERVE > free:
         raise UserError(f"{folder}: {what} needs {count / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; make room, or use --out")
 
@@ -140,10 +139,10 @@ def _receive(url: str, part: Path, quiet: bool) -> None:
             part.unlink()
         raise
     with answer:
-        if answer.status != 206 or not answer.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
-            if answer.status == 206:
-                raise ConnectionError("the server continues at another place")
+        if answer.status != 206:
             have = 0
+        elif not answer.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+            raise ConnectionError("the server continues at another place")
         length = answer.headers.get("Content-Length")
         total = have + int(length) if length else None
         need_space(part.parent, int(length or 0), f"{part.name.removesuffix('.part')} from {url}")
@@ -174,51 +173,40 @@ def unpack(archive: Path, folder: Path) -> Path:
     return home
 
 
-@dataclass
-class _Guard:
-    """Says where a member goes, or why it goes nowhere."""
-    archive: Path
-    folder: Path
-    size: int
-    held: int = 0
+Read = Callable[[], BinaryIO] | None                        # opens a member; None of a folder
+Members = Iterable[tuple[str, int, bool, Read]]             # name, bytes, is it a file or a folder, not a link or a device?
 
-    def target(self, name: str, size: int, plain: bool) -> Path:
-        target = (self.folder / name.replace("\\", "/")).resolve()
-        if not target.is_relative_to(self.folder.resolve()):
-            raise UserError(f"{self.archive}: refused: its member {name!r} would be written outside of the folder")
+
+def _placed(archive: Path, folder: Path, size: int, members: Members) -> Iterator[tuple[Path, Read]]:
+    """Where each member of an archive of `size` bytes goes; UserError for one that goes nowhere."""
+    held, free = 0, shutil.disk_usage(folder).free
+    for name, count, plain, read in members:
+        target = (folder / name.replace("\\", "/")).resolve()
+        held += count
+        if not target.is_relative_to(folder.resolve()):
+            raise UserError(f"{archive}: refused: its member {name!r} would be written outside of the folder")
         if not plain:
-            raise UserError(f"{self.archive}: refused: its member {name!r} is a link or a device, not a file")
-        self.held += size
-        if self.held > max(BOMB_FLOOR, BOMB_RATIO * self.size):
-            raise UserError(f"{self.archive}: refused: {self.size} bytes would unpack to {self.held} or more: an archive bomb?")
-        need_space(self.folder, size, f"unpacking {self.archive.name}")
-        return target
+            raise UserError(f"{archive}: refused: its member {name!r} is a link or a device, not a file")
+        if held > max(BOMB_FLOOR, BOMB_RATIO * size):
+            raise UserError(f"{archive}: refused: {size} bytes would unpack to {held} or more: an archive bomb?")
+        need_space(folder, held, f"unpacking {archive.name}", free)
+        yield target, read
 
 
 def _unpack_members(archive: Path, folder: Path) -> None:
     with contextlib.ExitStack() as stack:
         if archive.name.lower().endswith(".zip"):
             parts = sorted((path for path in archive.parent.iterdir() if path.stem == archive.stem and PART.fullmatch(path.suffix)),
-                           key=lambda path: int(path.suffix[2:]))
-            size = sum(map(_size, [*parts, archive]))
-            file = _join([stack.enter_context(open(path, "rb")) for path in [*parts, archive]])
-            members = list(_zip_members(stack.enter_context(zipfile.ZipFile(file))))
-            guard = _Guard(archive, folder, size)
-            for member in members:                                     # a zip tells all sizes beforehand
-                guard.target(*member[:3])
-            need_space(folder, guard.held, f"unpacking {archive.name}")
+                           key=lambda path: int(path.suffix[2:])) + [archive]
+            members = _zip_members([stack.enter_context(open(path, "rb")) for path in parts])
+            placed = list(_placed(archive, folder, sum(map(_size, parts)), members))       # a zip tells all sizes beforehand
         else:
-            size, members = _size(archive), _tar_members(stack.enter_context(tarfile.open(archive)))
-        guard = _Guard(archive, folder, size)
-        for *member, read in tqdm(members, f"unpacking {archive.name}", unit="file", leave=False, mininterval=0.5):
-            target = guard.target(*member)
+            placed = _placed(archive, folder, _size(archive), _tar_members(stack.enter_context(tarfile.open(archive))))
+        for target, read in tqdm(placed, f"unpacking {archive.name}", unit="file", leave=False, mininterval=0.5):
             if read:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with read() as stream, open(target, "wb") as out:
                     shutil.copyfileobj(stream, out, 1 << 20)
-
-
-Members = Iterator[tuple[str, int, bool, Callable[[], BinaryIO] | None]]    # name, bytes, neither link nor device, None of a folder
 
 
 def _tar_members(tar: tarfile.TarFile) -> Members:
@@ -227,13 +215,49 @@ def _tar_members(tar: tarfile.TarFile) -> Members:
         yield member.name, member.size, member.isfile() or member.isdir(), read
 
 
-def _zip_members(archive: zipfile.ZipFile) -> Members:
+def _zip_members(parts: list[BinaryIO]) -> Members:
+    """Of a zip, or of one in parts (x.z01, x.z02, ..., x.zip), joined.
+
+    The members lie in the parts one after the other, but the directory at the end counts each one's place from the beginning of its
+    part; zipfile, from that of the part where the directory begins. The locator of a 64-bit end record counts so, too, and zipfile
+    refuses one that tells of several parts (layouts: APPNOTE.TXT of the zip format, 4.3.14 to 4.3.16).
+    """
+    sizes = [part.seek(0, 2) for part in parts]
+    starts = [0, *itertools.accumulate(sizes)]
+    parts[-1].seek(max(0, sizes[-1] - 66_000))
+    tail = io.BytesIO(parts[-1].read())
+    records, length = tail.getbuffer(), len(tail.getvalue())
+    whole = io.BufferedReader(_Joined([*zip(parts, [*sizes[:-1], sizes[-1] - length]), (tail, length)]))
+    end = tail.getvalue().rfind(b"PK\5\6")
+    if end < 0:
+        raise zipfile.BadZipFile("no end of its directory")
+    last, first = struct.unpack_from("<2H", records, end + 4)          # parts: of this record, of the directory's beginning
+    if wide := bytes(records[max(0, end - 20):end]).startswith(b"PK\6\7"):
+        part, place, count = struct.unpack_from("<IQI", records, end - 16)
+        last = count - 1
+    if last + 1 != len(parts):
+        raise ValueError(f"it consists of {last + 1} parts (.z01, .z02, ..., .zip) and {len(parts)} are there")
+    if wide:
+        struct.pack_into("<IQI", records, end - 16, 0, starts[part] + place, 1)
+        whole.seek(starts[part] + place + 20)
+        first, = struct.unpack("<I", whole.read(4))
+    archive = zipfile.ZipFile(whole)
     for info in archive.infolist():
         name, kind = info.filename, stat.S_IFMT(info.external_attr >> 16)
         if not info.flag_bits & 0x800:                                 # "names are UTF-8": programs forget to say so
             with contextlib.suppress(UnicodeError):
                 name = name.encode("cp437").decode("utf-8")
-        yield name, info.file_size, kind in (0, stat.S_IFREG, stat.S_IFDIR), None if info.is_dir() else partial(archive.open, info)
+        found = _moved(info, starts[info.volume] - starts[first]) if last else info
+        yield name, info.file_size, kind in (0, stat.S_IFREG, stat.S_IFDIR), None if info.is_dir() else partial(archive.open, found)
+
+
+def _moved(info: zipfile.ZipInfo, by: int) -> zipfile.ZipInfo:
+    """A member at another place. A new object: in the old one zipfile has noted, as a guard, where it believes it to end."""
+    moved = zipfile.ZipInfo(info.orig_filename)
+    moved.header_offset = info.header_offset + by
+    for field in ("flag_bits", "compress_type", "CRC", "compress_size", "file_size"):
+        setattr(moved, field, getattr(info, field))
+    return moved
 
 
 def _unpack_7z(archive: Path, folder: Path) -> None:
@@ -244,10 +268,8 @@ def _unpack_7z(archive: Path, folder: Path) -> None:
                         "and give the folder as --source") from None
     try:
         with py7zr.SevenZipFile(archive) as members:
-            guard = _Guard(archive, folder, _size(archive))
-            for info in members.list():
-                guard.target(info.filename, info.uncompressed or 0, info.is_directory or info.is_file)
-            need_space(folder, guard.held, f"unpacking {archive.name}")
+            list(_placed(archive, folder, _size(archive), (
+                (info.filename, info.uncompressed or 0, info.is_directory or info.is_file, None) for info in members.list())))
             members.extractall(folder)
     except py7zr.exceptions.ArchiveError as error:
         raise ValueError(error) from None
@@ -278,52 +300,3 @@ class _Joined(io.RawIOBase):
         count = file.readinto(memoryview(buffer)[:self.ends[i] - self.at])
         self.at += count
         return count
-
-
-def _join(parts: list[BinaryIO]) -> BinaryIO:
-    """A zip in parts (x.z01, x.z02, ..., x.zip) as one that zipfile reads; a whole zip as it is.
-
-    The members lie in the parts one after the other, but the central directory at the end counts each one's place from the
-    beginning of its part. So: all bytes before the directory, then the same directory with places in the whole, written into
-    the 64-bit fields (names and layouts of the records: APPNOTE.TXT of the zip format, 4.3.12 to 4.3.16 and 4.5.3).
-    """
-    sizes = [part.seek(0, 2) for part in parts]
-    starts = [0, *itertools.accumulate(sizes)]
-    whole = io.BufferedReader(_Joined(list(zip(parts, sizes))))
-    whole.seek(max(0, starts[-1] - 66_000))
-    tail = whole.read()
-    end = tail.rfind(b"PK\5\6")
-    disk, first, _, count, length, offset = struct.unpack_from("<4H2I", tail, end + 4) if end >= 0 else (0,) * 6
-    if end >= 20 and tail[end - 20:end - 16] == b"PK\6\7":
-        at_disk, at, disks = struct.unpack_from("<IQI", tail, end - 16)
-        disk = disks - 1
-        if disks == len(parts) > at_disk:
-            whole.seek(starts[at_disk] + at)
-            disk, first, _, count, length, offset = struct.unpack_from("<2I4Q", whole.read(56), 16)
-    if disk + 1 != len(parts) and end >= 0:
-        raise ValueError(f"it consists of {disk + 1} parts (.z01, .z02, ..., .zip) and {len(parts)} are there")
-    if disk <= 0:
-        return parts[-1]
-    begin = starts[first] + offset
-    whole.seek(begin)
-    old, new, at = whole.read(length), bytearray(), 0
-    for _ in range(count):
-        head = list(struct.unpack_from(ENTRY, old, at))
-        name_end = at + 46 + head[10]
-        extra_end = name_end + head[11]
-        fields, other, wide = old[name_end:extra_end], b"", b""
-        while len(fields) >= 4:
-            kind, span = struct.unpack_from("<2H", fields)
-            wide, other = (fields[4:4 + span], other) if kind == 1 else (wide, other + fields[:4 + span])
-            fields = fields[4 + span:]
-        sizes64 = 8 * ((head[8] == ALL32) + (head[9] == ALL32))        # of members above 4 GB; they stay
-        place = starts[head[13]] + (struct.unpack_from("<Q", wide, sizes64)[0] if head[16] == ALL32 else head[16])
-        other += struct.pack("<2H", 1, sizes64 + 8) + wide[:sizes64] + struct.pack("<Q", place)
-        head[11], head[13], head[16] = len(other), 0, ALL32            # bytes of extra fields, disk, place
-        new += struct.pack(ENTRY, *head) + old[at + 46:name_end] + other + old[extra_end:extra_end + head[12]]
-        at = extra_end + head[12]
-    record = struct.pack("<4sQ2H2I4Q", b"PK\6\6", 44, 45, 45, 0, 0, count, count, len(new), begin)
-    locator = struct.pack("<4sIQI", b"PK\6\7", 0, begin + len(new), 1)
-    new += record + locator + struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, ALL16, ALL16, ALL32, ALL32, 0)
-    pieces = [*zip(parts[:first], sizes), (parts[first], offset), (io.BytesIO(new), len(new))]
-    return io.BufferedReader(_Joined(pieces))

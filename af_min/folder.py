@@ -21,12 +21,13 @@ import os
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 import soundfile
+from tqdm import tqdm
 
 from . import audio, audio_files, manifest
 from .audio_files import AudioError
@@ -34,10 +35,10 @@ from .cli import UserError
 from .metrics import normalized
 
 PROMPTS = {"AudioClassification": "classify this sound.", "AudioCaptioning": "describe the sound in a sentence."}
-SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
+SPLIT_NAMES = {"": "", "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
                "test": "test", "testing": "test", "eval": "test"}
 COLUMNS = ("file", "answer", "prompt", "split", "task", "group")
-FORM = ("task", "prompt", "answer", "answers", "turns", "group")      # fields of a row that an entry brings
+FORM = ("task", "prompt", "answer", "answers", "turns", "group", "seconds", "file")      # fields of a row that an entry brings
 MAX_SECONDS = 60.0         # of a recording that are kept
 ADVICE = "put a CSV with the header file,answer (or file,prompt,answer) into it"
 
@@ -59,9 +60,8 @@ class Report:
         return "\n".join(lines)
 
 
-def import_folder(source, out, sample_rate: int, *, seed: int = 0, val: float = 0.1, test: float = 0.2, max_seconds: float = MAX_SECONDS,
-                  labels_from_names: bool = False, progress: Callable[[Iterable], Iterable] = iter) -> Report:
-    """Write the data set `out` from the folder `source`. Longer recordings keep their first `max_seconds` (and are reported).
+def import_folder(source, out, sample_rate: int, seed: int = 0, labels_from_names: bool = False) -> Report:
+    """Write the data set `out` from the folder `source`. Longer recordings keep their first MAX_SECONDS (and are reported).
 
     The same folder and seed give the same files, byte for byte. UserError: no such folder, no answers to be had, a CSV
     without its columns, or nothing usable.
@@ -69,84 +69,76 @@ def import_folder(source, out, sample_rate: int, *, seed: int = 0, val: float = 
     source, report = Path(source), Report()
     if not source.is_dir():
         raise UserError(f"{source}: there is no such folder")
-    if not (val >= 0 and test >= 0 and val + test < 1):
-        raise UserError(f"val {val} and test {test}: both must be 0 or more and leave something for training")
     if Path(out).resolve() in (source.resolve(), *source.resolve().parents):
         raise UserError(f"{out}: holds the recordings themselves; give another --out")
     files = _audio_files(source, Path(out), report)
     table = _find_csv(source)
-    entries = _from_csv(table, files, report) if table and not labels_from_names else \
-        _from_names(source, files, labels_from_names, report)
-    named = {entry["file"] for entry in entries}
     if table and not labels_from_names:
+        entries = _from_csv(table, files, report)
+        named = {entry["file"] for entry in entries}
         report.problems["no usable row in the CSV"] += [name for name in files if name not in named]
-    return write_dataset(out, entries, files, report, sample_rate, where=str(source), seed=seed, val=val, test=test,
-                         max_seconds=max_seconds, progress=progress,
+    else:
+        entries = _from_names(source, files, labels_from_names, report)
+    return write_dataset(out, entries, files, report, sample_rate, str(source), seed,
                          source=f"imported from the folder {source.resolve().name}", licence="its owner's")
 
 
-def write_dataset(out, entries: list[dict], paths: dict[str, Path], report: Report, sample_rate: int, *, where: str, seed: int = 0,
-                  val: float = 0.1, test: float = 0.2, max_seconds: float = MAX_SECONDS, progress: Callable[[Iterable], Iterable] = iter,
-                  **facts) -> Report:
+def write_dataset(out, entries: list[dict], paths: dict[str, Path], report: Report, sample_rate: int, where: str, seed: int,
+                  val: float = 0.1, test: float = 0.2, **facts) -> Report:
     """Write the data set `out`: the one way for every recording that comes in.
 
-    An entry is {"file"} and "answer", "answers" or "turns", and where wanted "task", "prompt", "split" and "group" (what must
-    not be in two splits; a recording by itself if not given). `paths`: where each file lies. `where`: what an
-    error names. `facts` go into the card.
+    An entry is {"file"} and "answer", "answers" or "turns", and where wanted "task", "prompt", "split" (train, val, test) and "group"
+    (what must not be in two splits; a recording by itself if not given). `paths`: where each file lies. `where`: what an error names.
+    `val`, `test`: shares of what has no split. `facts` go into the card.
     """
     with manifest.dataset_folder(out) as folder:
         (folder / "audio").mkdir()
-        stored = {}                                        # file -> (content hash, seconds)
-        for name in progress(sorted({entry["file"] for entry in entries})):
+        stored = {}                                        # file -> {"content": a hash, "seconds"}
+        for name in tqdm(sorted({entry["file"] for entry in entries}), "recordings", unit="file", mininterval=0.5):
             try:
-                stored[name] = _store(paths[name], folder / "audio", sample_rate, max_seconds, report, name)
+                stored[name] = _store(paths[name], folder / "audio", sample_rate, report, name)
             except AudioError as error:
                 report.problems["silent (the first channel, the only one heard)" if error.reason == "silent" else error.reason].append(name)
-        entries = _distinct([entry for entry in entries if entry["file"] in stored], stored, report)
+        entries = _distinct([entry | stored[entry["file"]] for entry in entries if entry["file"] in stored], report)
         if not entries:
             found = "; ".join(f"{reason}: {len(names)}, e.g. {names[0]}" for reason, names in report.problems.items() if names)
             nothing = "none has a name, or stands in a table, as expected" if paths else "no wav, flac, ogg or mp3 in it"
             raise UserError(f"{where}: no usable recording ({found or nothing})")
         _fill_in(entries)
-        splits, split_of = _split(entries, stored, seed, val, test)
-        rows, kept, asked = defaultdict(list), [], {}
+        entries = _split(entries, seed, val, test, report)
+        rows, asked = defaultdict(list), {}
         for entry in entries:
-            content, seconds = stored[entry["file"]]
-            split = splits[content]
-            given = SPLIT_NAMES[entry["split"].lower()] if entry.get("split") else split
-            if not given == split == split_of.setdefault(entry.get("group") or content, split):
-                report.problems["its sound or group is in another split"].append(entry["file"])
-                continue
-            kept.append(entry)
-            row = {"audio": f"audio/{content}.flac", "start": 0.0} | {name: entry[name] for name in FORM if entry.get(name)} \
-                | {"seconds": seconds, "file": entry["file"]}
-            same = asked.setdefault((content, entry["task"], entry.get("prompt")), row)
-            if split == "train" or same is row or "turns" in row or "turns" in same:
-                rows[split].append(row)
+            row = {"audio": f"audio/{entry['content']}.flac", "start": 0.0} | {name: entry[name] for name in FORM if entry.get(name)}
+            same = asked.setdefault((entry["content"], entry["task"], entry.get("prompt")), row)
+            if entry["split"] == "train" or same is row or "turns" in row or "turns" in same:
+                rows[entry["split"]].append(row)
             else:                                          # a further answer to a question that is scored: any of them is right
                 same["answers"] = list(dict.fromkeys(answer for of in (same, row) for answer in of.get("answers") or [of["answer"]]))
                 same.pop("answer", None)
-        used = {row["audio"] for split in rows.values() for row in split}
+        used = {entry["content"] for entry in entries}
         for path in (folder / "audio").iterdir():
-            if f"audio/{path.name}" not in used:
+            if path.stem not in used:
                 path.unlink()
         for split in manifest.SPLITS:
             manifest.write_rows(folder / f"{split}.jsonl", rows[split])
         report.problems = {reason: found for reason, found in report.problems.items() if found}
         report.card = manifest.write_card(
             folder, name=Path(out).name, **facts, sample_rate=sample_rate, seed=seed, recordings=len(used),
-            classes=len({_said(entry) for entry in kept}), not_used=report.problems)
+            classes=len({_said(entry) for entry in entries}), not_used=report.problems)
     return report
 
 
 def readable(name: str) -> str:
-    """A file's name as a table spells it: letters composed (macOS stores them in parts); what is no UTF-8 on disk is Latin-1."""
-    data = os.fsencode(name)
+    """A file's name as a table spells it: letters composed (macOS stores them in parts)."""
+    return unicodedata.normalize("NFC", decoded(os.fsencode(name), "utf-8"))
+
+
+def decoded(data: bytes, encoding: str = "utf-8-sig") -> str:
+    """What is not UTF-8 is read as Latin-1."""
     try:
-        name = data.decode("utf-8")
+        return data.decode(encoding)
     except UnicodeDecodeError:
-        name = data.decode("latin-1")
-    return unicodedata.normalize("NFC", name)
+        return data.decode("latin-1")
 
 
 def walk(root, *apart) -> Iterator[Path]:
@@ -168,11 +160,10 @@ def walk(root, *apart) -> Iterator[Path]:
 
 def _audio_files(source: Path, out: Path, report: Report) -> dict[str, Path]:
     """Readable name, relative to `source` with forward slashes -> file."""
-    found, prepared = {}, {}
+    found = {}
     for path in walk(source, out):
         name = readable(path.relative_to(source).as_posix())
-        above = [folder for folder in path.parents if folder != source and source in folder.parents]
-        if any(prepared.setdefault(folder, (folder / manifest.CARD).is_file()) for folder in above):
+        if any((source / home / manifest.CARD).is_file() for home in path.relative_to(source).parents if home.name):
             report.problems["inside of a prepared data set"].append(name)
         elif name in found:
             report.problems["a second file of this name (its letters stored in another way)"].append(name)
@@ -193,11 +184,11 @@ def _find_csv(source: Path) -> Path | None:
 def _from_csv(table: Path, files: dict[str, Path], report: Report) -> list[dict]:
     """Rows of the CSV as entries; what is wrong goes into the report."""
     try:
-        with open(table, encoding="utf-8-sig", newline="") as file:
-            text = file.read()
+        text = table.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError:
         raise UserError(f"{table}: not UTF-8; save it as 'CSV UTF-8'") from None
     lines = csv.reader(io.StringIO(text.replace("\0", ""), newline=""), delimiter=_delimiter(text), strict=True)
+    home = f"{readable(table.parent.resolve().as_posix())}/"
     entries, at = [], 0                                    # at: the last line of the row before
     try:
         header = [name.strip().lower() for name in next(lines, [])]
@@ -210,20 +201,19 @@ def _from_csv(table: Path, files: dict[str, Path], report: Report) -> list[dict]
             if not any(cell.strip() for cell in cells):
                 continue
             where = f"{table.name}:{at}"
-            entry = {name: " ".join(cell.split()) for name, cell in zip(header, cells) if name in COLUMNS}
+            entry = {"split": "", **{name: " ".join(cell.split()) for name, cell in zip(header, cells) if name in COLUMNS}}
+            split = SPLIT_NAMES.get(entry["split"].lower())
             if len(cells) != len(header):
                 report.problems["row with too many or too few fields"].append(where)
             elif not entry["answer"]:
                 report.problems["row without an answer"].append(where)
-            elif entry.get("split") and entry["split"].lower() not in SPLIT_NAMES:
+            elif split is None:
                 report.problems["row with a split that is not train, val or test"].append(f"{where} ({entry['split'][:20]})")
             else:
                 raw = cells[header.index("file")].strip().replace("\\", "/")
-                name = unicodedata.normalize("NFC", str(PurePosixPath(raw)))
-                home = f"{readable(table.parent.resolve().as_posix())}/"
-                name = name.removeprefix(home)
+                name = unicodedata.normalize("NFC", str(PurePosixPath(raw))).removeprefix(home)
                 if name in files:
-                    entries.append({**entry, "file": name})
+                    entries.append({**entry, "file": name, "split": split})
                 else:
                     report.problems["row naming a file that is not there"].append(f"{where} ({raw[:60]})")
     except csv.Error as error:
@@ -258,25 +248,25 @@ def stored_as(recording: audio.Recording) -> tuple[np.ndarray, str]:
     return samples, hashlib.sha256(samples.tobytes()).hexdigest()[:24]
 
 
-def _store(path: Path, folder: Path, sample_rate: int, max_seconds: float, report: Report, name: str) -> tuple[str, float]:
-    """Check and convert one recording: (content hash, seconds). AudioError says what is wrong with it."""
+def _store(path: Path, folder: Path, sample_rate: int, report: Report, name: str) -> dict:
+    """Check and convert one recording. AudioError says what is wrong with it."""
     audio_files.inspect(path)
-    recording = audio.load(path, sample_rate, max_seconds=max_seconds)
+    recording = audio.load(path, sample_rate, max_seconds=MAX_SECONDS)
     if recording.silent:
-        raise AudioError(path, "silent", f"its first {max_seconds} s hold nothing but zeros")
+        raise AudioError(path, "silent", f"its first {MAX_SECONDS} s hold nothing but zeros")
     if recording.dropped_seconds > 0:
-        report.problems[f"what lies beyond {max_seconds:g} s of a recording"].append(f"{name} ({recording.dropped_seconds:.1f} s)")
+        report.problems[f"what lies beyond {MAX_SECONDS:g} s of a recording"].append(f"{name} ({recording.dropped_seconds:.1f} s)")
     samples, content = stored_as(recording)
     if not (folder / f"{content}.flac").exists():
         soundfile.write(folder / f"{content}.flac", samples, sample_rate, format="FLAC", subtype="PCM_16")
-    return content, round(recording.seconds, 4)
+    return {"content": content, "seconds": round(recording.seconds, 4)}
 
 
-def _distinct(entries: list[dict], stored: dict, report: Report) -> list[dict]:
+def _distinct(entries: list[dict], report: Report) -> list[dict]:
     """Entries without exact repetitions (a row given twice, or a copy of a file with the same answer)."""
     seen, kept = {}, []
     for entry in entries:
-        key = (stored[entry["file"]][0], entry.get("prompt", ""), _said(entry))
+        key = (entry["content"], entry.get("prompt", ""), _said(entry))
         if key in seen:
             report.problems["the same sound and answer again"].append(f"{entry['file']} (as {seen[key]})")
         else:
@@ -301,20 +291,19 @@ def _fill_in(entries: list[dict]) -> None:
             entry["prompt"] = entry.get("prompt") or PROMPTS.get(entry["task"], PROMPTS[default])
 
 
-def _split(entries: list[dict], stored: dict, seed: int, val: float, test: float) -> tuple[dict[str, str], dict[str, str]]:
-    """Content hash -> split, group -> split; a sound is of the first group that has it. A given split wins, the first one if a
-    sound has two; the rest is sampled so that every answer gets its share of every split.
+def _split(entries: list[dict], seed: int, val: float, test: float, report: Report) -> list[dict]:
+    """The entries, each with its split, without those that contradict. A sound is of the first group that has it. A given split wins, the
+    first one if a sound has two; the rest is sampled so that every answer gets its share of every split.
 
     Groups are sorted by answer and, inside an answer, by a hash with the seed; every (1 / share)-th goes to the split. An
     answer that only one group has stays in training, unless most groups are like that (captions).
     """
     given, answer_of, group_of = {}, {}, {}
     for entry in entries:
-        content = stored[entry["file"]][0]
-        group = group_of.setdefault(content, entry.get("group") or content)
+        group = group_of.setdefault(entry["content"], entry.get("group") or entry["content"])
         answer_of.setdefault(group, _said(entry))
         if entry.get("split"):
-            given.setdefault(group, SPLIT_NAMES[entry["split"].lower()])
+            given.setdefault(group, entry["split"])
 
     def shuffled(group: str) -> str:
         return hashlib.sha256(f"{seed} {group}".encode()).hexdigest()
@@ -329,4 +318,11 @@ def _split(entries: list[dict], stored: dict, seed: int, val: float, test: float
         chosen = {group for i, group in enumerate(free) if int((i + 1) * share + offset) > int(i * share + offset)}
         splits |= dict.fromkeys(chosen, split)
         free = [group for group in free if group not in chosen]
-    return {content: splits[group] for content, group in group_of.items()}, splits
+    kept = []
+    for entry in entries:
+        split = splits[group_of[entry["content"]]]
+        if (entry.get("split") or split) == split == splits.setdefault(entry.get("group") or entry["content"], split):
+            kept.append({**entry, "split": split})
+        else:
+            report.problems["its sound or group is in another split"].append(entry["file"])
+    return kept

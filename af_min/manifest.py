@@ -20,11 +20,12 @@ import json
 import os
 import re
 import shutil
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import soundfile
+from tqdm import tqdm
 
 from . import audio, audio_files
 from .cli import UserError, alone
@@ -62,17 +63,18 @@ def write_rows(path, rows: Iterable[dict]) -> int:
 @nothing_is_garbage()
 def read_rows(path) -> list[dict]:
     """The rows of a manifest with `start` filled in. UserError names file:line, the field and what was expected."""
-    rows = []
+    return [_row(line, where) for where, line in _lines(path)]
+
+
+def _lines(path) -> Iterator[tuple[str, str]]:
+    """(file:number, line) of all that are not empty."""
     try:
         with open(path, encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    rows.append(_row(line, f"{path}:{number}"))
+            yield from ((f"{path}:{number}", line) for number, line in enumerate(file, 1) if line.strip())
     except UnicodeDecodeError:
         raise UserError(f"{path}: not UTF-8 text; a manifest is one JSON object a line") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); prepare_data.py writes it") from None
-    return rows
 
 
 def _row(line: str, where: str) -> dict:
@@ -147,6 +149,12 @@ def check_row(row, where: str) -> None:
     need("group" not in row or text(row["group"]), "group", "text")
 
 
+def recordings(rows: Iterable[dict]) -> list[tuple[str, float]]:
+    """(file, start) of every recording that the rows, their shots and their pools name."""
+    parts = (part for row in rows for part in [row, *row.get("shots", []), *row.get("pool", [])])
+    return [(p["audio"], p.get("start", 0.0)) for p in parts if p.get("audio")]
+
+
 def check_replaceable(out) -> None:
     """UserError if `out` is there and is no prepared data set: nothing else is ever overwritten."""
     out = Path(out)
@@ -218,12 +226,11 @@ def dataset_hash(folder) -> str:
         if name not in (CARD, CARD + ".partial") and not name.startswith("embeddings/"):
             digest.update(f"{name}\0{path.stat().st_size}\0".encode())
             with open(path, "rb") as file:
-                while block := file.read(1 << 20):
-                    digest.update(block)
+                hashlib.file_digest(file, lambda: digest)
     return digest.hexdigest()
 
 
-def check(folder, progress: Callable[[Iterable], Iterable] = iter) -> list[str]:
+def check(folder) -> list[str]:
     """All that is wrong with a prepared data set, each with its file or line; [] if nothing is.
 
     The rows are as many as the card says, every row has its fields, every recording (of rows, shots and pools) opens and decodes
@@ -231,50 +238,43 @@ def check(folder, progress: Callable[[Iterable], Iterable] = iter) -> list[str]:
     its decoded samples.
     """
     folder, wrong = Path(folder), []
-    starts, splits, groups = {}, {}, {}                    # recording -> latest start; recording, group -> {split: a row of it}
+    starts, splits, groups = {}, defaultdict(dict), defaultdict(dict)   # recording -> latest start; recording, group -> {split: a row}
     counted = read_card(folder).get("splits", {})
     for split in SPLITS:
         path = folder / f"{split}.jsonl"
         try:
-            lines = path.read_text("utf-8-sig").split("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            wrong.append(f"{path}: cannot be read ({error})")
+            lines = list(_lines(path))
+        except UserError as error:
+            wrong.append(str(error))
             continue
-        rows = sum(bool(line.strip()) for line in lines)
-        if rows != (told := counted.get(split, {}).get("rows", rows)):
-            wrong.append(f"{path}: {rows} rows, {CARD} tells of {told}")
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
+        if len(lines) != (told := counted.get(split, {}).get("rows", len(lines))):
+            wrong.append(f"{path}: {len(lines)} rows, {CARD} tells of {told}")
+        for where, line in lines:
             try:
-                row = _row(line, f"{path}:{number}")
-                for part in (row, *row.get("shots", []), *row.get("pool", [])):
-                    if part.get("audio"):
-                        starts[part["audio"]] = max(starts.get(part["audio"], 0.0), part.get("start", 0.0))
-                if row.get("audio"):
-                    splits.setdefault(row["audio"], {}).setdefault(split, f"{path.name}:{number}")
-                    groups.setdefault(row.get("group"), {}).setdefault(split, f"{path.name}:{number}")
+                row = _row(line, where)
             except UserError as error:
                 wrong.append(str(error))
-    wrong += [f"{folder}: group {group!r:.60} in the splits {' and '.join(of)} ({', '.join(of.values())})"
-              for group, of in groups.items() if group and len(of) > 1]
-    contents = {}                                          # hash of the samples -> name, splits
-    for name in progress(sorted(starts)):
+                continue
+            for name, start in recordings([row]):
+                starts[name] = max(starts.get(name, 0.0), start)
+            if row.get("audio"):
+                splits[row["audio"]].setdefault(split, Path(where).name)
+                groups[row.get("group")].setdefault(split, Path(where).name)
+    together = [(f"group {group!r:.60}", of) for group, of in groups.items() if group]
+    sounds = defaultdict(list)                             # hash of the samples, or the name of what cannot be read -> names
+    for name in tqdm(sorted(starts), "recordings", unit="file", mininterval=0.5):
+        sound = name
         try:
             seconds = audio_files.inspect(folder / name)
             samples = audio.load(folder / name, soundfile.info(folder / name).samplerate).samples
+            sound = hashlib.sha256(samples.tobytes()).digest()
+            if not starts[name] < seconds:
+                wrong.append(f"{folder / name}: start {starts[name]} s lies outside its {seconds:.2f} s")
         except audio_files.AudioError as error:
             wrong.append(str(error))
-            continue
-        if not starts[name] < seconds:
-            wrong.append(f"{folder / name}: start {starts[name]} s lies outside its {seconds:.2f} s")
-        mine = splits.get(name, {})
-        if len(mine) > 1:
-            wrong.append(f"{folder / name}: in the splits {' and '.join(mine)} ({', '.join(mine.values())})")
-        if not mine:                                       # heard in shots and pools alone
-            continue
-        first, others = contents.setdefault(hashlib.sha256(samples.tobytes()).digest(), (name, mine))
-        if first != name and len({*mine, *others}) > 1:
-            rows = ", ".join([*mine.values(), *others.values()])
-            wrong.append(f"{folder / name}: the same sound as {first}, in another split ({rows})")
-    return wrong
+        if name in splits:                                 # not in shots and pools alone
+            sounds[sound].append(name)
+    together += [("the sound of " + ", ".join(names), {split: row for name in names for split, row in splits[name].items()})
+                 for names in sounds.values()]
+    return wrong + [f"{folder}: {what}: in the splits {' and '.join(of)} ({', '.join(of.values())})"
+                    for what, of in together if len(of) > 1]

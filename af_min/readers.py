@@ -17,7 +17,7 @@ from pathlib import Path
 
 from . import audio_files, text
 from .cli import UserError
-from .folder import PROMPTS, Report, readable, walk
+from .folder import PROMPTS, Report, decoded, readable, walk
 
 CAPTION, CLASSIFY = PROMPTS["AudioCaptioning"], PROMPTS["AudioClassification"]
 EMOTION, INSTRUMENT = "what is the emotion of this speech?", "what is the instrument of this music?"
@@ -69,11 +69,7 @@ class Source:
         if not found:
             self.report.problems["table that is not there"].append(name)
             return ""
-        data = self.paths[found].read_bytes()
-        try:
-            return data.decode("utf-8-sig")
-        except UnicodeDecodeError:
-            return data.decode("latin-1")
+        return decoded(self.paths[found].read_bytes())
 
     def csv(self, name: str, *columns: str) -> Iterator[dict[str, str]]:
         """Rows by the letters and digits of the header's names; `columns` must be there and filled."""

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from kernels.linear import HAS_BFLOAT16, bfloat16_products
 
-from . import audio, data, text
+from . import audio, data, manifest, text
 from .clap import TextTower, contrastive_loss
 from .cli import UserError
 from .config import StageConfig
@@ -212,5 +212,5 @@ def embed(model: AudioFlamingo, folder: Path, rows: list[dict], world) -> Store:
     embeddings of the same encoder are the same in every stage."""
     model.encoder.eval()
     store = Store(folder, model.encoder, model.config.audio, model.config.clap.out_width)
-    store.add(data.recordings(rows), f"encoding {folder}", rank=world.rank, size=world.size, wait=world.wait)
+    store.add(manifest.recordings(rows), f"encoding {folder}", rank=world.rank, size=world.size, wait=world.wait)
     return store

@@ -71,52 +71,41 @@ def locked(path: Path) -> Iterator[None]:
 
 
 class Shelf:
-    """One vectors file and its index. `entries`: key -> (first row, count)."""
+    """One vectors file and its index. `entries`: key -> (first row, count); `end`: rows in all; `whole`: bytes of the index that count."""
 
     def __init__(self, home: Path, width: int, suffix: str = ""):
         self.vectors, self.index, self.width = home / f"vectors{suffix}.f16", home / f"index{suffix}.jsonl", width
         self.entries: dict[str, tuple[int, int]] = {}
+        self.end = self.whole = 0
 
-    @property
-    def end(self) -> int:
-        return max((first + count for first, count in self.entries.values()), default=0)
-
-    def read(self) -> int:
-        """Note what is stored; returns how many bytes of the index are whole."""
+    def read(self) -> None:
+        """Note what is stored."""
         held = self.vectors.stat().st_size // (2 * self.width) if self.vectors.exists() else 0
-        self.entries, whole = {}, 0
-        for entry, end in whole_lines(self.index):
-            if entry["first"] + entry["count"] > held:
+        self.entries, self.end, self.whole = {}, 0, 0
+        for entry, whole in whole_lines(self.index):
+            end = entry["first"] + entry["count"]
+            if end > held:
                 break
             self.entries[entry["key"]] = (entry["first"], entry["count"])
-            whole = end
-        return whole
+            self.end, self.whole = max(self.end, end), whole
 
     def map(self) -> np.ndarray:
         """All vectors, (rows, D) float16, memory-mapped."""
         return np.memmap(self.vectors, np.float16, "r", shape=(self.end, self.width)) if self.end else \
             np.zeros((0, self.width), np.float16)
 
-    @contextlib.contextmanager
-    def appending(self) -> Iterator[Callable[[list[tuple[str, np.ndarray]]], None]]:
-        """Gives put([(key, (W, D) float16), ...]). What is behind the last whole line is cut off first."""
+    def append(self, recordings: list[tuple[str, np.ndarray]]) -> None:
+        """Add the (W, D) float16 vectors of some keys in place of what is behind the last whole line."""
         self.vectors.touch()
-        whole = self.read()
-        with open(self.vectors, "r+b") as vectors, open(self.index, "a") as index:
-            index.truncate(whole)
-            end = self.end
-
-            def put(recordings: list[tuple[str, np.ndarray]]) -> None:
-                nonlocal end
-                vectors.seek(end * self.width * 2)
-                vectors.write(b"".join(windows_WD.tobytes() for _, windows_WD in recordings))
-                vectors.flush()
-                for key, windows_WD in recordings:
-                    self.entries[key] = (end, len(windows_WD))
-                    index.write(json.dumps({"key": key, "first": end, "count": len(windows_WD)}) + "\n")
-                    end += len(windows_WD)
-                index.flush()
-            yield put
+        with open(self.vectors, "r+b") as vectors:
+            vectors.seek(self.end * self.width * 2)
+            vectors.write(b"".join(windows_WD.tobytes() for _, windows_WD in recordings))
+        with open(self.index, "ab") as index:
+            index.truncate(self.whole)
+            for key, windows_WD in recordings:
+                self.whole += index.write(json.dumps({"key": key, "first": self.end, "count": len(windows_WD)}).encode() + b"\n")
+                self.entries[key] = (self.end, len(windows_WD))
+                self.end += len(windows_WD)
 
 
 class Store:
@@ -159,17 +148,17 @@ class Store:
         for index in sorted(self.home.glob("index-*.jsonl")):
             part = Shelf(self.home, self.width, index.stem.removeprefix("index"))
             part.read()
+            self.shelf.read()
             vectors = part.map()
-            with self.shelf.appending() as put:
-                for key, (first, count) in part.entries.items():
-                    if key not in self.shelf.entries:
-                        put([(key, vectors[first:first + count])])
+            for key, (first, count) in part.entries.items():
+                if key not in self.shelf.entries:
+                    self.shelf.append([(key, vectors[first:first + count])])
             part.index.unlink()
             part.vectors.unlink(missing_ok=True)
 
     def _encode(self, recordings: list[tuple[str, Place]], shelf: Shelf, name: str, batch: int) -> int:
         """Read, cut into windows and encode, about `batch` windows at a time, on a CPU in pieces side by side; returns their number."""
-        device, done, long = next(self.encoder.parameters()).device, 0, 0
+        device, before, long = next(self.encoder.parameters()).device, shelf.end, 0
         count = max(1, min(torch.get_num_threads(), batch // 32)) if device.type == "cpu" else 1
 
         def pieces() -> Iterator[list[tuple[str, torch.Tensor]]]:
@@ -190,16 +179,14 @@ class Store:
 
         if not recordings:
             return 0
-        with shelf.appending() as put:
-            for embedded in side_by_side(encode, pieces(), count):
-                put(embedded)
-                done += sum(len(windows_WD) for _, windows_WD in embedded)
+        for embedded in side_by_side(encode, pieces(), count):
+            shelf.append(embedded)
         if long and name:
             print(f"warning: {self.folder}: {long} of {len(recordings)} recordings are longer than the {self.config.max_seconds:g} s that the model "
                   "hears; what follows has no effect", file=sys.stderr)
         if count > 1:
             return_freed_memory()                          # each thread keeps what it has freed
-        return done
+        return shelf.end - before
 
     def __getitem__(self, place: Place) -> np.ndarray:
         first, count = self.shelf.entries[self.keys[place]]

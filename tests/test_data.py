@@ -3,6 +3,7 @@ import contextlib
 import gc
 import pickle
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from af_min import manifest
 from af_min.cli import UserError
-from af_min.data import Dataset, Mixture, WindowCaptions, collate, parse_data, recordings, rows_of, stream, tokenized
+from af_min.data import Dataset, Mixture, WindowCaptions, collate, parse_data, rows_of, stream, tokenized
 from af_min.text import IGNORE, Sample
 
 
@@ -187,12 +188,16 @@ def test_each_reference_is_a_sample_and_what_cannot_be_learned_is_dropped(tokeni
 
 
 def test_recordings_of_rows_of_their_shots_and_of_their_pools():
-    got = recordings([{"start": 0.0, **row} for row in ROWS])
+    got = manifest.recordings([{"start": 0.0, **row} for row in ROWS])
     assert set(got) == {("a.wav", 0.0), ("b.wav", 2.5), ("c.wav", 0.0), ("a.wav", 1.0), ("d.wav", 0.0), ("e.wav", 0.0), ("f.wav", 0.0)}
 
 
-def test_folders_and_weights(prepared):
+def test_folders_and_weights(prepared, monkeypatch):
     assert parse_data([str(prepared), f"{prepared}:2", f"{prepared}:0.25"]) == [(prepared, 1), (prepared, 2), (prepared, 0.25)]
+    monkeypatch.chdir(prepared.parent)
+    prepared.rename("2024")
+    assert parse_data(["2024", "2024:.5"]) == [(Path("2024"), 1), (Path("2024"), 0.5)]
+    prepared = Path("2024").rename(prepared)
     with pytest.raises(UserError, match="weight must be above 0"):
         parse_data([f"{prepared}:0"])
     with pytest.raises(UserError, match="no prepared data set there"):

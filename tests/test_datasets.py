@@ -348,8 +348,9 @@ def test_check_names_what_is_wrong(home, prepared, capsys):
     code, printed, error = command(capsys, "--check", out)
     assert code == 2 and "9 things are wrong" in error
     for words in ("test.jsonl: 5 rows, card.json tells of 2", f"{train[0]['audio']}: unreadable", f"{train[1]['audio']}: missing",
-                  f"{train[3]['audio']}: in the splits train and test",
-                  "the same sound as audio/", "start 7.0 s lies outside", "val.jsonl:3: task: expected", "val.jsonl:4: not a JSON object"):
+                  f"the sound of {train[3]['audio']}: in the splits train and test",
+                  f"the sound of {', '.join(sorted([train[2]['audio'], 'audio/copy.flac']))}: in the splits train and test",
+                  "start 7.0 s lies outside", "val.jsonl:3: task: expected", "val.jsonl:4: not a JSON object"):
         assert words in printed, words
     assert "no prepared data set" in command(capsys, "--check", home / "nothing")[2]
 
@@ -368,5 +369,5 @@ def test_check_sees_through_shots_groups_and_rows_without_a_recording(home):
     manifest.write_rows("test.jsonl", [row | {"audio": "audio/c.flac"}, row | {"audio": "audio/d.flac", "group": "street"}])
     manifest.write_card(home)
     assert [line.split(": ", 1)[-1] for line in manifest.check(home)] == [
-        "group 'street' in the splits train and test (train.jsonl:1, test.jsonl:2)",
-        "the same sound as audio/b.flac, in another split (test.jsonl:1, train.jsonl:1)"]
+        "group 'street': in the splits train and test (train.jsonl:1, test.jsonl:2)",
+        "the sound of audio/b.flac, audio/c.flac: in the splits train and test (train.jsonl:1, test.jsonl:1)"]

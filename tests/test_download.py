@@ -206,6 +206,16 @@ def test_zips_in_parts(tmp_path, wide, part_bytes):
             unpack(tmp_path / "x.zip", tmp_path / "again")
 
 
+def test_a_zip_whose_directory_tells_of_a_part_that_is_none(tmp_path):
+    make_zip(tmp_path / "x.zip", CONTENT)
+    last = split_zip(tmp_path / "x.zip", 66_000)[-1]
+    data = bytearray(last.read_bytes())
+    data[data.index(b"PK\1\2") + 34] = 9
+    last.write_bytes(data)
+    with pytest.raises(UserError, match="x.zip: cannot be unpacked"):
+        unpack(last, tmp_path / "to")
+
+
 @pytest.mark.skipif(not shutil.which("zip"), reason="the program zip is not there")
 def test_zips_in_parts_as_info_zip_writes_them(tmp_path):
     (tmp_path / "in").mkdir()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from af_min import cli, manifest
+from af_min import cli, folder, manifest
 from af_min.cli import UserError
 from af_min.folder import import_folder, walk
 from conftest import rows_of
@@ -182,10 +182,11 @@ def test_folders_that_all_lead_to_each_other_have_an_end(src):
     assert len(list(walk(src))) == 12 + 12 * 11
 
 
-def test_long_recordings_are_cut_and_reported(src, out):
+def test_long_recordings_are_cut_and_reported(src, out, monkeypatch):
+    monkeypatch.setattr(folder, "MAX_SECONDS", 1.5)
     sound(src / "long.wav", 0, seconds=2.0)
     csv(src, "file,answer\nlong.wav,noise\n")
-    report = import_folder(src, out, RATE, max_seconds=1.5)
+    report = import_folder(src, out, RATE)
     assert rows_of(out)[0]["seconds"] == 1.5
     assert report.problems == {"what lies beyond 1.5 s of a recording": ["long.wav (0.5 s)"]}
 
@@ -281,9 +282,9 @@ def test_a_split_that_does_not_exist_and_one_that_contradicts(src, out):
     assert [(row["split"], row["answer"]) for row in rows_of(out)] == [("train", "x")]
 
 
-def refused(src, out, *expected, **settings):
+def refused(src, out, *expected):
     with pytest.raises(UserError) as error:
-        import_folder(src, out, RATE, **settings)
+        import_folder(src, out, RATE)
     assert all(words in str(error.value) for words in expected) and "\n" not in str(error.value), str(error.value)
     assert not out.exists() and not [path for path in out.parent.iterdir() if path.name.startswith(".")]
 
@@ -293,7 +294,6 @@ def test_nothing_is_left_behind_by_an_import_that_fails(src, out, monkeypatch):
     refused(src, out, "no wav, flac, ogg or mp3")
     sound(src / "a.wav", 0)
     refused(src, out, "file,answer", "--labels-from-names")
-    refused(src, out, "leave something for training", val=0.5, test=0.5)
     (src / "labels.csv").touch()
     refused(src, out, "labels.csv:1", "got nothing")
     csv(src, "name,label\na.wav,dog\n")
