@@ -150,9 +150,9 @@ class Store:
             part.read()
             self.shelf.read()
             vectors = part.map()
-            for key, (first, count) in part.entries.items():
-                if key not in self.shelf.entries:
-                    self.shelf.append([(key, vectors[first:first + count])])
+            new = [(key, vectors[first:first + count]) for key, (first, count) in part.entries.items() if key not in self.shelf.entries]
+            for n in range(0, len(new), 256):
+                self.shelf.append(new[n:n + 256])
             part.index.unlink()
             part.vectors.unlink(missing_ok=True)
 
