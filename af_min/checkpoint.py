@@ -20,6 +20,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -31,9 +32,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_optimizer_state_dict,
                                                      get_state_dict, set_optimizer_state_dict)
 
-from . import config as settings
 from .cli import UserError
-from .config import Config
+from .config import Config, from_dict
 from .manifest import whole_lines
 from .pretrained_text import IDS_FILE, PublishedTokenizer, read_json
 from .text import Tokenizer
@@ -90,7 +90,7 @@ def load_strictly(module: nn.Module, tensors: dict[str, torch.Tensor], where) ->
 def save_settings(run: Path, config: Config, tokenizer: Tokenizer, training: dict) -> None:
     """config.json and the tokenizer."""
     run.mkdir(parents=True, exist_ok=True)
-    write_json(run / "config.json", {"model": settings.to_dict(config), "training": training})
+    write_json(run / "config.json", {"model": asdict(config), "training": training})
     if isinstance(tokenizer, PublishedTokenizer):
         return tokenizer.save(run)
     (run / IDS_FILE).unlink(missing_ok=True)               # of an earlier run of this name
@@ -106,7 +106,7 @@ def load_config(run: Path) -> Config:
     values = read_json(path)
     if "model" not in values:
         raise UserError(f'{path}: expected the dimensions of a model under "model"; is this a run folder made by train.py?')
-    return settings.from_dict(Config, values["model"], str(path))
+    return from_dict(Config, values["model"], str(path))
 
 
 def save_run(run: Path, model: nn.Module, config: Config, tokenizer: Tokenizer, training: dict) -> None:
