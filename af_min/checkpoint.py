@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_optimizer_state_dict,
@@ -34,7 +34,9 @@ from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model
 
 from .cli import UserError
 from .config import Config, from_dict
+from .flamingo import AudioFlamingo
 from .manifest import whole_lines
+from .pretrained_files import open_file, parameters_on_meta, read_table, shapes_of
 from .pretrained_text import IDS_FILE, PublishedTokenizer, read_json
 from .text import Tokenizer
 
@@ -46,13 +48,13 @@ os.umask(UMASK)
 
 
 @contextlib.contextmanager
-def writing(run: Path) -> Iterator[None]:
+def writing(run: Path, advice: str = "the last checkpoint is whole: make room, then --resume") -> Iterator[None]:
     """A disk that is full, or that takes no more files for another reason, is told in one line."""
     try:
         yield
     except (OSError, SafetensorError, CheckpointException) as error:
         said = next((str(e) for e, _ in error.failures.values()), "") if isinstance(error, CheckpointException) else error
-        raise UserError(f"{run}: cannot be written ({said}); the last checkpoint is whole: make room, then --resume") from None
+        raise UserError(f"{run}: cannot be written ({said}); {advice}") from None
 
 
 def write_json(path: Path, value) -> None:
@@ -69,12 +71,7 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def read_tensors(path: Path, device="cpu") -> dict[str, torch.Tensor]:
-    try:
-        return load_file(path, device=str(device))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except SafetensorError as error:
-        raise UserError(f"{path}: not a whole safetensors file ({error}); copy or write it again") from None
+    return {name: entry.read().to(device) for name, entry in open_file(path).items()}
 
 
 def load_strictly(module: nn.Module, tensors: dict[str, torch.Tensor], where) -> None:
@@ -115,21 +112,20 @@ def save_run(run: Path, model: nn.Module, config: Config, tokenizer: Tokenizer, 
     write_tensors(run / "model.safetensors", model.state_dict())
 
 
-def load_run(run: Path, device="cpu"):
-    """-> (AudioFlamingo in eval mode, Tokenizer). UserError names the file that is missing or damaged."""
-    from .flamingo import AudioFlamingo
+def load_run(run: Path, device="cpu") -> tuple[AudioFlamingo, Tokenizer | PublishedTokenizer]:
+    """The model, for answering, and its tokenizer. Weights keep their dtype; one at a time is read, into its place. UserError names the
+    file that is missing or damaged."""
     run = Path(run)
-    if not (run / "model.safetensors").exists():
+    path = run / "model.safetensors"
+    if not path.exists():
         raise UserError(f"{run}: no trained model there (model.safetensors is missing); run `python train.py` first, "
                         "or name its folder with --run")
-    if (run / IDS_FILE).exists():                            # built on published weights, with a published vocabulary
-        from .pretrained import open_run
-        model, tokenizer = open_run(run)
-        return model.to(device), tokenizer
-    config = load_config(run)
-    model = AudioFlamingo(config).to(device)
-    load_strictly(model, read_tensors(run / "model.safetensors", device), run / "model.safetensors")
-    return model.eval(), load_tokenizer(run)
+    with parameters_on_meta():
+        model = AudioFlamingo(load_config(run))
+    shapes = shapes_of(model)
+    tensors = read_table(open_file(path), {name: name for name in shapes}, shapes, str(path), f"the model of {run / 'config.json'}")
+    model.load_state_dict(tensors, assign=True)
+    return model.to(device).eval(), load_tokenizer(run)
 
 
 # ---------------------------------------------------------------------- training state

@@ -39,7 +39,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {textwrap.shorten(message, 1000)}; {dashed}{self.prog} -h lists the flags\n")
 
 
-def parse(cls, argv: list[str] | None = None, description: str | None = None, saved: dict | None = None):
+def parse(cls, description: str | None = None, saved: dict | None = None):
     """An instance of the dataclass `cls` from the command line; `--some-field value`, bools as `--some-field / --no-some-field`.
 
     saved: values of an earlier command line, which hold for the flags that this one does not name.
@@ -58,7 +58,7 @@ def parse(cls, argv: list[str] | None = None, description: str | None = None, sa
         if default not in ("", []):
             keywords["help"] += f" (default: {default})"
         parser.add_argument("--" + f.name.replace("_", "-"), default=default, **keywords)
-    return cls(**vars(parser.parse_args(argv)))
+    return cls(**vars(parser.parse_args()))
 
 
 def at_least(args, **limits: float) -> None:

@@ -179,16 +179,14 @@ def test_damaged_files_are_named(llama, tmp_path):
     folder, state, _ = llama
     path = folder / "model.safetensors"
     whole = path.read_bytes()
-    for content, message in ((whole[:-100], "model.safetensors: truncated: .* bytes, but its header speaks of"),
-                             (whole[:50], "not a safetensors file, or a truncated one"), (b"", "not a safetensors file, or a truncated one"),
-                             (b"<html>no such page</html>" * 9, "not a safetensors file, or a truncated one"),
-                             (whole[:8] + b"x" * (len(whole) - 8), "its safetensors header is damaged"),
-                             (whole.replace(b'"F32"', b'"F16"', 1), "header is damaged: 'lm_head.weight' of .* F16 has 7808 bytes"),
-                             (whole.replace(b'"dtype"', b'"dtipe"', 1), r"header is damaged \(KeyError\('dtype'\)\)"),
-                             (whole.replace(b'"F32"', b'"I99"', 1), "holds numbers of type I99; expected F64")):
+    for content in (whole[:-100], whole[:50], b"", b"<html>no such page</html>" * 9, whole[:8] + b"x" * (len(whole) - 8),
+                    *(whole.replace(*change, 1) for change in ((b'"F32"', b'"F16"'), (b'"dtype"', b'"dtipe"'), (b'"F32"', b'"I99"')))):
         path.write_bytes(content)
-        with pytest.raises(UserError, match=message):
+        with pytest.raises(UserError, match="model.safetensors: not a whole safetensors file .*; copy or download it again"):
             load_lm(folder)
+    path.write_bytes(whole.replace(b'"F32"', b'"U32"', 1))
+    with pytest.raises(UserError, match="holds numbers of type U32; expected F64"):
+        load_lm(folder)
     path.unlink()
     with pytest.raises(UserError, match=r"llama: no weights: found config.json; expected model.safetensors or"):
         load_lm(folder)
