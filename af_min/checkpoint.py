@@ -29,8 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_optimizer_state_dict,
-                                                     get_state_dict, set_optimizer_state_dict)
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, get_state_dict, set_optimizer_state_dict
 
 from .cli import UserError
 from .config import Config, from_dict
@@ -190,11 +189,6 @@ def load_training(found: Path, everything: nn.Module, optimizer: torch.optim.Opt
     adam = get_optimizer_state_dict(everything, optimizer)
     dcp.load({"optimizer": adam}, checkpoint_id=found)
     set_optimizer_state_dict(everything, optimizer, adam)
-
-
-def whole_state(everything: nn.Module) -> dict[str, torch.Tensor]:
-    """State dict of a sharded model, put together in the memory of process 0 ({} elsewhere)."""
-    return get_model_state_dict(everything, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
 def sha256(path: Path) -> str:
