@@ -11,21 +11,19 @@ The readers of the parts: pretrained_lm.py, pretrained_clap.py, pretrained_text.
 """
 from __future__ import annotations
 
-import dataclasses
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from . import cli
-from . import config as settings
 from .checkpoint import save_settings, write_tensors, writing
 from .clap import WindowEncoder
 from .cli import UserError
-from .config import Config
+from .config import AF1, Config
 from .engine import peak_memory
 from .flamingo import AudioFlamingo
 from .pretrained_clap import load_clap
@@ -125,7 +123,7 @@ def encoder_state(config: Config, clap: Path, dtype: torch.dtype) -> tuple[dict[
 
 
 def released_model(audio_flamingo: Path, clap: Path, lm: Path, dtype: torch.dtype, slots: int = 8,
-                   base: Config = settings.AF1) -> tuple[Config, PublishedTokenizer, dict[str, Tensor]]:
+                   base: Config = AF1) -> tuple[Config, PublishedTokenizer, dict[str, Tensor]]:
     """Settings, tokenizer and whole state dict of a released checkpoint. `base` says what no file tells (heads, windows)."""
     tokenizer = published_tokenizer(lm)
     values = read_config(Path(lm))
@@ -136,10 +134,8 @@ def released_model(audio_flamingo: Path, clap: Path, lm: Path, dtype: torch.dtyp
     if rows != tokenizer.vocab_size:
         raise UserError(f"{audio_flamingo}: its vocabulary has {rows} tokens, that of {lm} with the special tokens "
                         f"{tokenizer.vocab_size}; expected the language model that the checkpoint was trained on")
-    config = dataclasses.replace(
-        base, audio_id=tokenizer.audio_id,
-        lm=dataclasses.replace(lm_config(values, str(lm)), vocab_size=rows, tied_head=False),
-        representation=dataclasses.replace(base.representation, attend_padding=True, max_audios=slots))
+    config = replace(base, audio_id=tokenizer.audio_id, lm=replace(lm_config(values, str(lm)), vocab_size=rows, tied_head=False),
+                     representation=replace(base.representation, attend_padding=True, max_audios=slots))
     encoder, silence, report = encoder_state(config, clap, dtype)              # the smaller file first: a wrong one is soon told
     state = released_state(audio_flamingo, config, dtype)
     print(f"{audio_flamingo}: {len(state)} tensors ({sum(t.numel() for t in state.values()) / 1e6:.1f} M numbers)\n{report}")
@@ -147,7 +143,7 @@ def released_model(audio_flamingo: Path, clap: Path, lm: Path, dtype: torch.dtyp
 
 
 def new_model(clap: Path | None, lm: Path, dtype: torch.dtype = torch.float32, slots: int = 8, seed: int = 0,
-              base: Config = settings.AF1) -> tuple[Config, PublishedTokenizer, dict[str, Tensor]]:
+              base: Config = AF1) -> tuple[Config, PublishedTokenizer, dict[str, Tensor]]:
     """An untrained Audio Flamingo on a published language model and, unless `clap` is None, a published encoder."""
     tokenizer = published_tokenizer(lm)
     lm_settings, weights = lm_state(lm, dtype)
@@ -156,8 +152,8 @@ def new_model(clap: Path | None, lm: Path, dtype: torch.dtype = torch.float32, s
                         "expected the vocabulary that the model was trained with")
     rows = max(tokenizer.vocab_size, lm_settings.vocab_size)
     add_tokens(weights, tokenizer, rows, seed)
-    config = dataclasses.replace(base, audio_id=tokenizer.audio_id, lm=dataclasses.replace(lm_settings, vocab_size=rows),
-                                 representation=dataclasses.replace(base.representation, max_audios=slots))
+    config = replace(base, audio_id=tokenizer.audio_id, lm=replace(lm_settings, vocab_size=rows),
+                     representation=replace(base.representation, max_audios=slots))
     torch.manual_seed(seed)
     width, heard = config.lm.width, config.clap.out_width
     parts = {"representation.": Representation(config.representation, heard, config.audio.max_windows)}
@@ -189,11 +185,11 @@ def main() -> None:
                         "train.py --lm DIR makes a new model that trains its own")
     cli.at_least(args, slots=1)
     out, kind = Path(args.out), args.dtype or ("bfloat16" if args.audio_flamingo else "float32")
+    dtype = getattr(torch, kind)
     for what, found in (("a file", out.exists() and not out.is_dir()), ("a run that has been trained", (out / "log.jsonl").exists()),
                         ("the folder of the language model", out.resolve() == Path(args.lm).resolve())):
         if found:
             raise UserError(f"--out {out}: this is {what}; name a new folder")
-    dtype = getattr(torch, kind)
     if args.audio_flamingo:
         config, tokenizer, state = released_model(args.audio_flamingo, args.clap, args.lm, dtype, args.slots)
     else:
