@@ -19,6 +19,7 @@ import json
 import os
 import shutil
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -130,20 +131,20 @@ def load_run(run: Path, device="cpu") -> tuple[AudioFlamingo, Tokenizer | Publis
 # ---------------------------------------------------------------------- training state
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """AdamW's state as named tensors: `<parameter number>.<name>`."""
+    """The state of AdamW or Muon as named tensors: `<parameter number>.<name>`."""
     return {f"{number}.{name}": value for number, state in optimizer.state_dict()["state"].items()
             for name, value in state.items()}
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
-    state: dict[int, dict] = {}
+    state, groups = defaultdict(dict), optimizer.state_dict()["param_groups"]
     for key, value in tensors.items():
         number, name = key.split(".")
-        state.setdefault(int(number), {})[name] = value
-    for group in optimizer.state_dict()["param_groups"]:
+        state[int(number)][name] = value
+    for group in groups:
         if any(number in state and group.get("matrices", False) != ("momentum" in state[number]) for number in group["params"]):
             raise UserError("--optimizer: the checkpoint is another optimizer's; --resume goes on with the one that the stage began with")
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    optimizer.load_state_dict({"state": dict(state), "param_groups": groups})
 
 
 def save_checkpoint(run: Path, everything: nn.Module, optimizer: torch.optim.Optimizer, state: dict, rank: int = 0,

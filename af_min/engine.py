@@ -118,9 +118,13 @@ def unsharded(everything: Everything, fresh: Everything) -> Everything:
     return fresh
 
 
+def large_layers(everything: Everything) -> list[nn.Module]:
+    return [*everything.model.xattn.values(), *everything.model.lm.layers]
+
+
 def lighten(everything: Everything, args) -> None:
     """--checkpoint-activations and --compile, applied to each large layer."""
-    for layer in [*everything.model.xattn.values(), *everything.model.lm.layers]:
+    for layer in large_layers(everything):
         if args.checkpoint_activations:                          # keep a layer's input alone; compute the rest again for the backward pass
             layer.forward = functools.partial(torch.utils.checkpoint.checkpoint, layer.forward, use_reentrant=False,
                                               context_fn=lambda: (nullcontext(), as_now()))

@@ -95,15 +95,14 @@ def open_torch(path: Path) -> dict[str, Entry]:
     """A file of torch.save: a state dict, or one inside {"model_state_dict" | "state_dict" | "model": ...}."""
     try:
         with FakeTensorMode():
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        if any(offset_of(tensor) is None for tensor in tensors_of(content).values()):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            found = tensors_of(torch.load(path, map_location="cpu", weights_only=True))
+        if any(offset_of(tensor) is None for tensor in found.values()):
+            found = tensors_of(torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)))
     except Exception as error:  # torch raises many types here, one for each way a file can be broken
         what = re.search(r"Unsupported (?:global: GLOBAL \S+|operand \d+)", str(error))
         reason = what[0] if what else str(error).split("\n")[0].strip()[:150] or type(error).__name__
         raise UserError(f"{path}: torch.load (weights_only=True) cannot read it: {reason}; expected a complete file of "
                         "torch.save that holds tensors only") from None
-    found = tensors_of(content)
     if not found:
         raise UserError(f"{path}: holds no tensors; expected a state dict, as torch.save(model.state_dict(), ...) writes it")
     return {name: Entry(path, tensor.dtype, tuple(tensor.shape), offset_of(tensor), tensor) for name, tensor in found.items()}
