@@ -76,11 +76,11 @@ def read_tensors(path: Path, device="cpu") -> dict[str, torch.Tensor]:
 
 def load_strictly(module: nn.Module, tensors: dict[str, torch.Tensor], where) -> None:
     """Every tensor of the module, none else, each of its shape; UserError names the first that differs."""
-    own = module.state_dict()
-    for name in sorted(own.keys() | tensors.keys()):
-        got, expected = (tuple(d[name].shape) if name in d else None for d in (tensors, own))
+    own, given = shapes_of(module), {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    for name in sorted(own | given):
+        got, expected = given.get(name, "nothing"), own.get(name, "nothing")
         if got != expected:
-            raise UserError(f"{where}: {name}: got shape {got or 'nothing'}, expected {expected or 'nothing'}")
+            raise UserError(f"{where}: {name}: got shape {got}, expected {expected}")
     module.load_state_dict(tensors)
 
 
