@@ -34,7 +34,7 @@ import torch.distributed as dist
 from af_min import checkpoint, cli, data, manifest, text
 from af_min.cli import UserError, flag
 from af_min.config import PRESETS, STAGES, StageConfig
-from af_min.engine import Trainer, World, footer, lighten
+from af_min.engine import Trainer, World, footer, lighten, unsharded
 from af_min.stages import ClapStage, Everything, TextStage
 
 ALL_STAGES = ("clap", "lm", "pretrain", "sft")
@@ -84,14 +84,6 @@ def stage_settings(args: Args, stage: str) -> StageConfig:
     c = STAGES[args.preset][stage]
     return replace(c, steps=args.steps or c.steps, lr=args.lr or c.lr, optimizer=args.optimizer or c.optimizer, batch=args.batch or c.batch,
                    batch_tokens=args.batch_tokens or c.batch_tokens, warmup=min(c.warmup, max(1, (args.steps or c.steps) // 5)))
-
-
-def prepare(args: Args, world: World) -> None:
-    """Make the embedded data set if it is asked for and missing."""
-    if "data/scenes" in args.data and not Path("data/scenes/card.json").exists() and world.rank == 0:
-        from prepare_data import prepare_scenes
-        prepare_scenes(Path("data/scenes"))
-    world.wait()
 
 
 def training_of(run: Path) -> dict:
@@ -153,7 +145,11 @@ def main() -> None:
     args, world = parse_arguments(), World.start()
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False    # nothing reads it, and filling it takes time
-    prepare(args, world)
+    scenes = Path("data/scenes")
+    if str(scenes) in args.data and not (scenes / "card.json").exists() and world.rank == 0:
+        from prepare_data import prepare_scenes
+        prepare_scenes(scenes)
+    world.wait()
     folders, run = data.parse_data(args.data), Path("runs") / args.name
     with cli.alone(run, "--name") if world.rank == 0 else contextlib.nullcontext():
         train(args, world, folders, run)
@@ -192,8 +188,7 @@ def train(args: Args, world: World, folders, run: Path) -> None:
             meter = trainer.run(first, run, found, draw if world.rank == 0 else lambda: None)
             lines.append(meter.line(sum(p.numel() for p in trainer.parameters), world))
             if trainer.sharded:                                    # the next stage trains other weights: gather them, shard anew
-                weights, everything = checkpoint.whole_state(everything), Everything(config).to(world.device)
-                spread(everything, weights, world)
+                everything = unsharded(everything, Everything(config).to(world.device))
                 lighten(everything, args)
             objective = trainer = None                             # before the next stage reads its rows
             cli.return_freed_memory()
@@ -225,14 +220,6 @@ class Drawing:
             from af_min import plots
             plots.losses(self.run)
             self.last = time.time()
-
-
-def spread(everything: Everything, weights: dict[str, torch.Tensor], world: World) -> None:
-    """Send the weights that process 0 holds to all processes."""
-    if world.rank == 0:
-        checkpoint.load_strictly(everything, weights, "sharded weights")
-    for tensor in everything.state_dict().values():
-        dist.broadcast(tensor, 0)
 
 
 def where_to_go_on(args: Args, run: Path) -> tuple[Path, dict]:

@@ -19,22 +19,24 @@ import json
 import os
 import shutil
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_optimizer_state_dict,
-                                                     get_state_dict, set_optimizer_state_dict)
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, get_state_dict, set_optimizer_state_dict
 
-from . import config as settings
 from .cli import UserError
-from .config import Config
+from .config import Config, from_dict
+from .flamingo import AudioFlamingo
 from .manifest import whole_lines
+from .pretrained_files import open_file, parameters_on_meta, read_table, shapes_of
 from .pretrained_text import IDS_FILE, PublishedTokenizer, read_json
 from .text import Tokenizer
 
@@ -46,13 +48,13 @@ os.umask(UMASK)
 
 
 @contextlib.contextmanager
-def writing(run: Path) -> Iterator[None]:
+def writing(run: Path, advice: str = "the last checkpoint is whole: make room, then --resume") -> Iterator[None]:
     """A disk that is full, or that takes no more files for another reason, is told in one line."""
     try:
         yield
     except (OSError, SafetensorError, CheckpointException) as error:
         said = next((str(e) for e, _ in error.failures.values()), "") if isinstance(error, CheckpointException) else error
-        raise UserError(f"{run}: cannot be written ({said}); the last checkpoint is whole: make room, then --resume") from None
+        raise UserError(f"{run}: cannot be written ({said}); {advice}") from None
 
 
 def write_json(path: Path, value) -> None:
@@ -69,28 +71,23 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def read_tensors(path: Path, device="cpu") -> dict[str, torch.Tensor]:
-    try:
-        return load_file(path, device=str(device))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except SafetensorError as error:
-        raise UserError(f"{path}: not a whole safetensors file ({error}); copy or write it again") from None
+    return {name: entry.read().to(device) for name, entry in open_file(path).items()}
 
 
 def load_strictly(module: nn.Module, tensors: dict[str, torch.Tensor], where) -> None:
     """Every tensor of the module, none else, each of its shape; UserError names the first that differs."""
-    own = module.state_dict()
-    for name in sorted(own.keys() | tensors.keys()):
-        got, expected = (tuple(d[name].shape) if name in d else None for d in (tensors, own))
+    own, given = shapes_of(module), {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    for name in sorted(own | given):
+        got, expected = given.get(name, "nothing"), own.get(name, "nothing")
         if got != expected:
-            raise UserError(f"{where}: {name}: got shape {got or 'nothing'}, expected {expected or 'nothing'}")
+            raise UserError(f"{where}: {name}: got shape {got}, expected {expected}")
     module.load_state_dict(tensors)
 
 
 def save_settings(run: Path, config: Config, tokenizer: Tokenizer, training: dict) -> None:
     """config.json and the tokenizer."""
     run.mkdir(parents=True, exist_ok=True)
-    write_json(run / "config.json", {"model": settings.to_dict(config), "training": training})
+    write_json(run / "config.json", {"model": asdict(config), "training": training})
     if isinstance(tokenizer, PublishedTokenizer):
         return tokenizer.save(run)
     (run / IDS_FILE).unlink(missing_ok=True)               # of an earlier run of this name
@@ -106,7 +103,7 @@ def load_config(run: Path) -> Config:
     values = read_json(path)
     if "model" not in values:
         raise UserError(f'{path}: expected the dimensions of a model under "model"; is this a run folder made by train.py?')
-    return settings.from_dict(Config, values["model"], str(path))
+    return from_dict(Config, values["model"], str(path))
 
 
 def save_run(run: Path, model: nn.Module, config: Config, tokenizer: Tokenizer, training: dict) -> None:
@@ -115,40 +112,39 @@ def save_run(run: Path, model: nn.Module, config: Config, tokenizer: Tokenizer, 
     write_tensors(run / "model.safetensors", model.state_dict())
 
 
-def load_run(run: Path, device="cpu"):
-    """-> (AudioFlamingo in eval mode, Tokenizer). UserError names the file that is missing or damaged."""
-    from .flamingo import AudioFlamingo
+def load_run(run: Path, device="cpu") -> tuple[AudioFlamingo, Tokenizer | PublishedTokenizer]:
+    """The model, for answering, and its tokenizer. Weights keep their dtype; one at a time is read, into its place. UserError names the
+    file that is missing or damaged."""
     run = Path(run)
-    if not (run / "model.safetensors").exists():
+    path = run / "model.safetensors"
+    if not path.exists():
         raise UserError(f"{run}: no trained model there (model.safetensors is missing); run `python train.py` first, "
                         "or name its folder with --run")
-    if (run / IDS_FILE).exists():                            # built on published weights, with a published vocabulary
-        from .pretrained import open_run
-        model, tokenizer = open_run(run)
-        return model.to(device), tokenizer
-    config = load_config(run)
-    model = AudioFlamingo(config).to(device)
-    load_strictly(model, read_tensors(run / "model.safetensors", device), run / "model.safetensors")
-    return model.eval(), load_tokenizer(run)
+    with parameters_on_meta():
+        model = AudioFlamingo(load_config(run))
+    shapes = shapes_of(model)
+    tensors = read_table(open_file(path), {name: name for name in shapes}, shapes, str(path), f"the model of {run / 'config.json'}")
+    model.load_state_dict(tensors, assign=True)
+    return model.to(device).eval(), load_tokenizer(run)
 
 
 # ---------------------------------------------------------------------- training state
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """AdamW's state as named tensors: `<parameter number>.<name>`."""
+    """The state of AdamW or Muon as named tensors: `<parameter number>.<name>`."""
     return {f"{number}.{name}": value for number, state in optimizer.state_dict()["state"].items()
             for name, value in state.items()}
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
-    state: dict[int, dict] = {}
+    state, groups = defaultdict(dict), optimizer.state_dict()["param_groups"]
     for key, value in tensors.items():
         number, name = key.split(".")
-        state.setdefault(int(number), {})[name] = value
-    for group in optimizer.state_dict()["param_groups"]:
+        state[int(number)][name] = value
+    for group in groups:
         if any(number in state and group.get("matrices", False) != ("momentum" in state[number]) for number in group["params"]):
             raise UserError("--optimizer: the checkpoint is another optimizer's; --resume goes on with the one that the stage began with")
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    optimizer.load_state_dict({"state": dict(state), "param_groups": groups})
 
 
 def save_checkpoint(run: Path, everything: nn.Module, optimizer: torch.optim.Optimizer, state: dict, rank: int = 0,
@@ -194,11 +190,6 @@ def load_training(found: Path, everything: nn.Module, optimizer: torch.optim.Opt
     adam = get_optimizer_state_dict(everything, optimizer)
     dcp.load({"optimizer": adam}, checkpoint_id=found)
     set_optimizer_state_dict(everything, optimizer, adam)
-
-
-def whole_state(everything: nn.Module) -> dict[str, torch.Tensor]:
-    """State dict of a sharded model, put together in the memory of process 0 ({} elsewhere)."""
-    return get_model_state_dict(everything, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
 def sha256(path: Path) -> str:

@@ -12,7 +12,6 @@ import sys
 import textwrap
 import typing
 from collections.abc import Iterator
-from dataclasses import MISSING
 from pathlib import Path
 
 try:
@@ -26,12 +25,10 @@ class UserError(ValueError):
     """A mistake in what a user gave (path, file, flag, row). Its text names it and says how to mend it."""
 
 
-def flag(default, help: str, choices: tuple | None = None, **kind):
-    """A dataclass field that is also a command-line flag. `kind`: extra argparse keywords, such as nargs=2 or action="append"."""
-    metadata = {"help": help, "choices": choices, **kind}
-    if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
+def flag(default, help: str, **more):
+    """A dataclass field that is also a command-line flag. `more`: argparse's keywords, such as choices=("a", "b"), nargs=2, action="append"."""
+    given = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
+    return dataclasses.field(**given, metadata={"help": help, **more})
 
 
 class Parser(argparse.ArgumentParser):
@@ -42,7 +39,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {textwrap.shorten(message, 1000)}; {dashed}{self.prog} -h lists the flags\n")
 
 
-def parse(cls, argv: list[str] | None = None, description: str | None = None, saved: dict | None = None):
+def parse(cls, description: str | None = None, saved: dict | None = None):
     """An instance of the dataclass `cls` from the command line; `--some-field value`, bools as `--some-field / --no-some-field`.
 
     saved: values of an earlier command line, which hold for the flags that this one does not name.
@@ -50,21 +47,18 @@ def parse(cls, argv: list[str] | None = None, description: str | None = None, sa
     module = getattr(sys.modules["__main__"], "__spec__", None)              # of `python -m`
     parser = Parser(prog=f"python -m {module.name}" if module else None, description=description or cls.__doc__, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    types = typing.get_type_hints(cls)
+    types, defaults = typing.get_type_hints(cls), vars(cls()) | (saved or {})
     for f in dataclasses.fields(cls):
-        keywords = {k: v for k, v in f.metadata.items() if v is not None}
-        default = f.default if f.default is not MISSING else f.default_factory()
-        default = (saved or {}).get(f.name, default)
-        if types[f.name] is bool:
+        keywords, default = dict(f.metadata), defaults[f.name]
+        kind = (typing.get_args(types[f.name]) or (types[f.name],))[0]                   # of list[int]: int
+        if kind is bool:
             keywords["action"] = argparse.BooleanOptionalAction
-        elif "type" not in keywords:
-            inner = [t for t in typing.get_args(types[f.name]) if t is not type(None)]
-            keywords["type"] = inner[0] if inner and inner[0] in (str, int, float) else \
-                types[f.name] if types[f.name] in (str, int, float) else str
-        if default not in (None, "", []) and keywords.get("help"):
+        else:
+            keywords["type"] = kind if kind in (str, int, float) else str
+        if default not in ("", []):
             keywords["help"] += f" (default: {default})"
         parser.add_argument("--" + f.name.replace("_", "-"), default=default, **keywords)
-    return cls(**vars(parser.parse_args(argv)))
+    return cls(**vars(parser.parse_args()))
 
 
 def at_least(args, **limits: float) -> None:

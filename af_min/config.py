@@ -13,9 +13,9 @@ The shape legend of the whole project, used as a suffix (`x_BTD`) or in a commen
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
-from .cli import UserError
+from dataclasses import dataclass
 
+from .cli import UserError
 
 IGNORE = -100                        # label of a position that is not supervised
 
@@ -115,11 +115,11 @@ class LMConfig:
 @dataclass(frozen=True)
 class Config:
     """A whole model; saved as config.json in every run folder."""
-    audio: AudioConfig = field(default_factory=AudioConfig)
-    clap: ClapConfig = field(default_factory=ClapConfig)
-    representation: RepresentationConfig = field(default_factory=RepresentationConfig)
-    xattn: XattnConfig = field(default_factory=XattnConfig)
-    lm: LMConfig = field(default_factory=LMConfig)
+    audio: AudioConfig = AudioConfig()
+    clap: ClapConfig = ClapConfig()
+    representation: RepresentationConfig = RepresentationConfig()
+    xattn: XattnConfig = XattnConfig()
+    lm: LMConfig = LMConfig()
     audio_id: int = 50_265           # id of the <audio> token
     pool_windows: bool = False       # ablation: one mean vector an audio instead of its windows (what the paper improves on)
 
@@ -173,23 +173,16 @@ STAGES = {
 }
 
 
-def to_dict(config) -> dict:
-    return dataclasses.asdict(config)
-
-
 def from_dict(cls, values: dict, where: str = "config.json"):
-    """The inverse of `to_dict`, nested dataclasses included. UserError names a key that `cls` does not have."""
-    known = {f.name: f for f in dataclasses.fields(cls)}
+    """The inverse of `dataclasses.asdict`, nested dataclasses included. UserError names a key that `cls` does not have."""
     if not isinstance(values, dict):
         raise UserError(f"{where}: got {values!r}, expected settings of {cls.__name__}")
-    unknown = sorted(set(values) - set(known))
-    if unknown:
-        raise UserError(f"{where}: unknown setting {unknown[0]!r}; {cls.__name__} has {', '.join(known)}")
-    made = {}
+    defaults, made = {f.name: f.default for f in dataclasses.fields(cls)}, {}
     for name, value in values.items():
-        default = known[name].default_factory if known[name].default is dataclasses.MISSING else None
-        if dataclasses.is_dataclass(default):
-            value = from_dict(default, value, f"{where}: {name}")
+        if name not in defaults:
+            raise UserError(f"{where}: unknown setting {name!r}; {cls.__name__} has {', '.join(defaults)}")
+        if dataclasses.is_dataclass(defaults[name]):
+            value = from_dict(type(defaults[name]), value, f"{where}: {name}")
         made[name] = tuple(value) if isinstance(value, list) else value
     return cls(**made)
 

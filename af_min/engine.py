@@ -18,6 +18,7 @@ import platform
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ from . import checkpoint
 from .cli import UserError, resource
 from .config import StageConfig
 from .lanes import side_by_side
-from .muon import Muon
+from .muon import Muon, whole
 from .stages import Everything, Step, in_half
 
 SMALL = 1 << 24          # weights; the products of a smaller model are too small to be divided among cores
@@ -109,9 +110,21 @@ def shard(everything: Everything, world: World, float32: bool) -> None:
     split(everything, ignored_params={*m.encoder.parameters(), *everything.text_tower.parameters(), everything.log_scale})
 
 
+def unsharded(everything: Everything, fresh: Everything) -> Everything:
+    """`fresh`, with the weights of a sharded model, whole on every process; one at a time is put together."""
+    held = fresh.state_dict()
+    for name, tensor in everything.state_dict().items():
+        held[name].copy_(whole(tensor))
+    return fresh
+
+
+def large_layers(everything: Everything) -> list[nn.Module]:
+    return [*everything.model.xattn.values(), *everything.model.lm.layers]
+
+
 def lighten(everything: Everything, args) -> None:
     """--checkpoint-activations and --compile, applied to each large layer."""
-    for layer in [*everything.model.xattn.values(), *everything.model.lm.layers]:
+    for layer in large_layers(everything):
         if args.checkpoint_activations:                          # keep a layer's input alone; compute the rest again for the backward pass
             layer.forward = functools.partial(torch.utils.checkpoint.checkpoint, layer.forward, use_reentrant=False,
                                               context_fn=lambda: (nullcontext(), as_now()))
@@ -166,32 +179,25 @@ def gates(everything: Everything) -> list[float]:
     return [round(g, 4) for g in torch.cat([g.to_local() if hasattr(g, "to_local") else g for g in raw]).float().tanh().tolist()]
 
 
-@dataclass
 class Meter:
     """What a stage has done since it began or was resumed."""
-    stage: str
-    steps: int = 0
-    seconds: float = 0.0
-    samples: int = 0
-    tokens: int = 0
-    padded: int = 0
-    flops: float = 0.0
+
+    def __init__(self, stage: str):
+        self.stage, self.total = stage, Counter()
 
     def add(self, step: Step, seconds: float) -> None:
-        self.steps, self.seconds = self.steps + 1, self.seconds + seconds
-        for name in ("samples", "tokens", "padded", "flops"):
-            setattr(self, name, getattr(self, name) + getattr(step, name))
+        self.total.update(steps=1, seconds=seconds, samples=step.samples, tokens=step.tokens, padded=step.padded, flops=step.flops)
 
     def line(self, moving: int, world: World) -> str:
         """One line of the final footer."""
-        seconds = max(self.seconds, 1e-9)
-        speed = self.flops / seconds / world.size
+        total, seconds = self.total, max(self.total["seconds"], 1e-9)
+        speed = total["flops"] / seconds / world.size
         name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu"
         peak = next((peak for card, peak in PEAK.items() if card in name), 0)
-        used = (f", {speed / 1e9:.0f} GFLOP/s" + (f" (MFU {speed / peak:.1%} of {name})" if peak else "")) if self.flops else ""
-        return (f"  {self.stage:8s} {moving / 1e6:.2f} M learn, {self.steps} steps of {1000 * seconds / max(1, self.steps):.0f} ms, "
-                f"{self.samples / seconds:.0f} samples/s, {self.tokens / seconds:.0f} tokens/s, "
-                f"padding {1 - self.tokens / max(1, self.padded):.1%}{used}, {peak_memory(world.device):.2f} GB")
+        used = (f", {speed / 1e9:.0f} GFLOP/s" + (f" (MFU {speed / peak:.1%} of {name})" if peak else "")) if speed else ""
+        return (f"  {self.stage:8s} {moving / 1e6:.2f} M learn, {total['steps']} steps of {1000 * seconds / max(1, total['steps']):.0f} ms, "
+                f"{total['samples'] / seconds:.0f} samples/s, {total['tokens'] / seconds:.0f} tokens/s, "
+                f"padding {1 - total['tokens'] / max(1, total['padded']):.1%}{used}, {peak_memory(world.device):.2f} GB")
 
 
 def footer(everything: Everything, lines: list[str], seconds: float, world: World) -> str:

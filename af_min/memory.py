@@ -26,7 +26,7 @@ from torch import nn
 from . import cli, data, text
 from .cli import flag
 from .config import PRESETS, STAGES, Config, StageConfig
-from .engine import lighten
+from .engine import large_layers, lighten
 from .stages import Everything
 
 CARDS = (24, 40, 48, 80, 141)                # GB, of which 90 % are planned with
@@ -66,12 +66,10 @@ def kept(everything: Everything, run: Callable[[], object], inputs: bool = False
             if isinstance(value, torch.Tensor):
                 note(value)
 
-    m = everything.model
-    hooks = [layer.register_forward_pre_hook(entered) for layer in [*m.xattn.values(), *m.lm.layers]] if inputs else []
+    for layer in large_layers(everything) if inputs else []:
+        layer.register_forward_pre_hook(entered)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
         run()
-    for hook in hooks:
-        hook.remove()
     return sum(found.values())
 
 
@@ -89,6 +87,8 @@ def longest(config: Config, stage: str, samples: int, tokens: int) -> data.Batch
 
 def batch_bytes(config: Config, stage: str, tokens: int, checkpointed: bool) -> Callable[[int], float]:
     """Samples -> bytes of what a forward pass leaves for the backward pass, from four small passes."""
+    checkpointed = checkpointed and stage != "clap"
+
     def measured(layers: int, samples: int, checkpointed: bool) -> int:
         small = replace(config, lm=replace(config.lm, layers=layers * config.xattn.every),
                         audio_id=min(config.audio_id, config.lm.vocab_size - 1))     # tiny gets its ids from its tokenizer
@@ -110,8 +110,8 @@ def batch_bytes(config: Config, stage: str, tokens: int, checkpointed: bool) -> 
         return one[0] - b - c - d, b, c, d
 
     layers = config.lm.layers // config.xattn.every
-    a, b, c, d = line(checkpointed and stage != "clap")
-    _, again_b, _, again_d = line(False) if checkpointed and stage != "clap" else (0, 0, 0, 0)
+    a, b, c, d = line(checkpointed)
+    _, again_b, _, again_d = line(False) if checkpointed else (0, 0, 0, 0)
     return lambda samples: a + b * layers + samples * (c + d * layers) + again_b + samples * again_d
 
 
@@ -132,7 +132,7 @@ def main() -> None:
     with torch.device("meta"):
         everything = Everything(config)
     print(f"{'stage':10s}{'M learn':>9s} of M{'fixed':>11s}{'--shard':>9s}{'batch of':>13s}{'checkpointed':>19s}"
-          f"   fits a card of   with both   --accumulate")
+          "   fits a card of   with both   --accumulate")
     for stage, c in STAGES[args.preset].items():
         samples, accumulate = (m, pieces(c, n, m)) if stage != "clap" else (math.ceil(c.batch / n), "-")
         whole, shared = (fixed(everything, stage, n, shard) for shard in (False, True))

@@ -11,26 +11,23 @@ The readers of the parts: pretrained_lm.py, pretrained_clap.py, pretrained_text.
 """
 from __future__ import annotations
 
-import dataclasses
 import re
-import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from . import cli
-from . import config as settings
-from .checkpoint import load_config, save_settings, write_tensors
+from .checkpoint import save_settings, write_tensors, writing
 from .clap import WindowEncoder
-from .cli import UserError, resource
-from .config import Config
+from .cli import UserError
+from .config import AF1, Config
+from .engine import peak_memory
 from .flamingo import AudioFlamingo
 from .pretrained_clap import load_clap
-from .pretrained_files import Entry, expand, open_file, parameters_on_meta, read_table, seems, shapes_of
+from .pretrained_files import Entry, expand, open_file, read_table, seems, shapes_of
 from .pretrained_lm import OPT_TABLE, lm_config, lm_state, read_config
 from .pretrained_text import PublishedTokenizer, published_tokenizer
 from .representation import Representation, sinusoid_table
@@ -126,7 +123,7 @@ def encoder_state(config: Config, clap: Path, dtype: torch.dtype) -> tuple[dict[
 
 
 def released_model(audio_flamingo: Path, clap: Path, lm: Path, dtype: torch.dtype, slots: int = 8,
-                   base: Config = settings.AF1) -> tuple[Config, PublishedTokenizer, dict[str, Tensor]]:
+                   base: Config = AF1) -> tuple[Config, PublishedTokenizer, dict[str, Tensor]]:
     """Settings, tokenizer and whole state dict of a released checkpoint. `base` says what no file tells (heads, windows)."""
     tokenizer = published_tokenizer(lm)
     values = read_config(Path(lm))
@@ -137,10 +134,8 @@ def released_model(audio_flamingo: Path, clap: Path, lm: Path, dtype: torch.dtyp
     if rows != tokenizer.vocab_size:
         raise UserError(f"{audio_flamingo}: its vocabulary has {rows} tokens, that of {lm} with the special tokens "
                         f"{tokenizer.vocab_size}; expected the language model that the checkpoint was trained on")
-    config = dataclasses.replace(
-        base, audio_id=tokenizer.audio_id,
-        lm=dataclasses.replace(lm_config(values, str(lm)), vocab_size=rows, tied_head=False),
-        representation=dataclasses.replace(base.representation, attend_padding=True, max_audios=slots))
+    config = replace(base, audio_id=tokenizer.audio_id, lm=replace(lm_config(values, str(lm)), vocab_size=rows, tied_head=False),
+                     representation=replace(base.representation, attend_padding=True, max_audios=slots))
     encoder, silence, report = encoder_state(config, clap, dtype)              # the smaller file first: a wrong one is soon told
     state = released_state(audio_flamingo, config, dtype)
     print(f"{audio_flamingo}: {len(state)} tensors ({sum(t.numel() for t in state.values()) / 1e6:.1f} M numbers)\n{report}")
@@ -148,7 +143,7 @@ def released_model(audio_flamingo: Path, clap: Path, lm: Path, dtype: torch.dtyp
 
 
 def new_model(clap: Path | None, lm: Path, dtype: torch.dtype = torch.float32, slots: int = 8, seed: int = 0,
-              base: Config = settings.AF1) -> tuple[Config, PublishedTokenizer, dict[str, Tensor]]:
+              base: Config = AF1) -> tuple[Config, PublishedTokenizer, dict[str, Tensor]]:
     """An untrained Audio Flamingo on a published language model and, unless `clap` is None, a published encoder."""
     tokenizer = published_tokenizer(lm)
     lm_settings, weights = lm_state(lm, dtype)
@@ -157,8 +152,8 @@ def new_model(clap: Path | None, lm: Path, dtype: torch.dtype = torch.float32, s
                         "expected the vocabulary that the model was trained with")
     rows = max(tokenizer.vocab_size, lm_settings.vocab_size)
     add_tokens(weights, tokenizer, rows, seed)
-    config = dataclasses.replace(base, audio_id=tokenizer.audio_id, lm=dataclasses.replace(lm_settings, vocab_size=rows),
-                                 representation=dataclasses.replace(base.representation, max_audios=slots))
+    config = replace(base, audio_id=tokenizer.audio_id, lm=replace(lm_settings, vocab_size=rows),
+                     representation=replace(base.representation, max_audios=slots))
     torch.manual_seed(seed)
     width, heard = config.lm.width, config.clap.out_width
     parts = {"representation.": Representation(config.representation, heard, config.audio.max_windows)}
@@ -175,50 +170,34 @@ def new_model(clap: Path | None, lm: Path, dtype: torch.dtype = torch.float32, s
 
 def write_run(out: Path, config: Config, tokenizer: PublishedTokenizer, state: dict[str, Tensor], origin: dict) -> None:
     """A run folder (checkpoint.py). model.safetensors is written last: a folder that has it is whole."""
-    try:
+    with writing(out, "make room, or name another --out"):
         (out / "model.safetensors").unlink(missing_ok=True)
         save_settings(out, config, tokenizer, {"converted_from": origin})
         write_tensors(out / "model.safetensors", state)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{out}: cannot be written ({error})") from None
 
 
-def open_run(run: Path) -> tuple[AudioFlamingo, PublishedTokenizer]:
-    """A run folder with a published vocabulary. Its weights keep their dtype; one at a time is read, into its place."""
-    path, config = Path(run) / "model.safetensors", load_config(run)
-    with parameters_on_meta():
-        model = AudioFlamingo(config)
-    shapes = shapes_of(model)
-    state = read_table(open_file(path), {name: name for name in shapes}, shapes, str(path), f"the model of {Path(run) / 'config.json'}")
-    model.load_state_dict(state, assign=True)
-    return model.eval(), PublishedTokenizer.load(run)
-
-
-def main(argv: list[str] | None = None) -> None:
-    args, began = cli.parse(Arguments, argv, description=__doc__), time.time()
+def main() -> None:
+    args, began = cli.parse(Arguments, description=__doc__), time.time()
     if not args.lm:
         raise UserError("--lm is missing: the folder of the language model (config.json and its vocabulary)")
     if not args.clap:
         raise UserError("--clap is missing: the window encoder, clapcap_weights_2023.pth, which no other file holds; "
                         "train.py --lm DIR makes a new model that trains its own")
-    if args.slots < 1:
-        raise UserError(f"--slots {args.slots}: a text needs room for at least one audio")
+    cli.at_least(args, slots=1)
     out, kind = Path(args.out), args.dtype or ("bfloat16" if args.audio_flamingo else "float32")
+    dtype = getattr(torch, kind)
     for what, found in (("a file", out.exists() and not out.is_dir()), ("a run that has been trained", (out / "log.jsonl").exists()),
                         ("the folder of the language model", out.resolve() == Path(args.lm).resolve())):
         if found:
             raise UserError(f"--out {out}: this is {what}; name a new folder")
-    dtype = getattr(torch, kind)
     if args.audio_flamingo:
-        made = released_model(args.audio_flamingo, args.clap, args.lm, dtype, args.slots)
+        config, tokenizer, state = released_model(args.audio_flamingo, args.clap, args.lm, dtype, args.slots)
     else:
-        made = new_model(args.clap, args.lm, dtype, args.slots, args.seed)
-    config, tokenizer, state = made
+        config, tokenizer, state = new_model(args.clap, args.lm, dtype, args.slots, args.seed)
     write_run(out, config, tokenizer, state, {name: getattr(args, name) for name in ("audio_flamingo", "clap", "lm")})
-    count, size = (sum(f(t) for t in state.values()) for f in (torch.Tensor.numel, lambda t: t.nbytes))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20) if resource else 0
-    print(f"{args.out}: {count / 1e6:.1f} M numbers, {size / 2 ** 30:.2f} GiB ({kind}), vocabulary {tokenizer.vocab_size}; "
-          f"{time.time() - began:.0f} s, peak memory {peak:.2f} GiB")
+    count, size = sum(t.numel() for t in state.values()), sum(t.nbytes for t in state.values())
+    print(f"{args.out}: {count / 1e6:.1f} M numbers, {size / 1e9:.2f} GB ({kind}), vocabulary {tokenizer.vocab_size}; "
+          f"{time.time() - began:.0f} s, peak memory {peak_memory(torch.device('cpu')):.2f} GB")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -37,13 +38,13 @@ class Entry:
     path: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
-    offset: int                      # byte of the file at which its numbers begin; -1: they are in `held`
+    offset: int | None               # byte of the file at which its numbers begin; None: they are in `held`
     held: Tensor | None = None       # numbers that could not be left in the file (old or unusual layouts)
 
     def read(self, dtype: torch.dtype | None = None) -> Tensor:
         """A tensor of its own; floating-point numbers are converted to `dtype`, PART of them at a time."""
         dtype = dtype if dtype is not None and self.dtype.is_floating_point else self.dtype
-        if self.held is not None:
+        if self.offset is None:
             return self.held.to(dtype, copy=True)
         tensor = torch.empty(math.prod(self.shape), dtype=dtype)
         with open(self.path, "rb") as file:
@@ -75,48 +76,36 @@ def open_file(path: Path) -> dict[str, Entry]:
 
 
 def open_safetensors(path: Path) -> dict[str, Entry]:
-    size = path.stat().st_size
+    try:
+        with safe_open(path, "pt"):                                  # looks whether header and size fit together
+            pass
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a whole safetensors file ({error}); copy or download it again") from None
     with open(path, "rb") as file:
-        prefix = file.read(8)
-        start = 8 + struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size + 1
-        if start > size:
-            raise UserError(f"{path}: not a safetensors file, or a truncated one: {size} bytes, but its header would end at "
-                            f"byte {start}; copy or download it again")
-        try:
-            header = json.loads(file.read(start - 8))
-            header.pop("__metadata__", None)
-            tensors = [(name, value["dtype"], tuple(value["shape"]), *value["data_offsets"]) for name, value in header.items()]
-            end = start + max((last for *_, last in tensors), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path}: its safetensors header is damaged ({error!r}); copy or download it again") from None
-    if end > size:
-        raise UserError(f"{path}: truncated: {size} bytes, but its header speaks of {end}; copy or download it again")
-    for name, kind, shape, first, last in tensors:
-        if kind not in DTYPES:
-            raise UserError(f"{path}: holds numbers of type {kind}; expected {', '.join(DTYPES)} (quantised weights are not read)")
-        if last - first != math.prod(shape) * DTYPES[kind].itemsize:
-            raise UserError(f"{path}: its safetensors header is damaged: {name!r} of {shape} {kind} has {last - first} bytes; "
-                            "copy or download it again")
-    return {name: Entry(path, DTYPES[kind], shape, start + first) for name, kind, shape, first, _ in tensors}
+        length, = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    for kind in {tensor["dtype"] for tensor in header.values()} - set(DTYPES):
+        raise UserError(f"{path}: holds numbers of type {kind}; expected {', '.join(DTYPES)} (quantised weights are not read)")
+    return {name: Entry(path, DTYPES[tensor["dtype"]], tuple(tensor["shape"]), 8 + length + tensor["data_offsets"][0])
+            for name, tensor in header.items()}
 
 
 def open_torch(path: Path) -> dict[str, Entry]:
     """A file of torch.save: a state dict, or one inside {"model_state_dict" | "state_dict" | "model": ...}."""
     try:
         with FakeTensorMode():
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        if any(tensor.untyped_storage()._checkpoint_offset is None or not tensor.is_contiguous()
-               for tensor in tensors_of(content).values()):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            found = tensors_of(torch.load(path, map_location="cpu", weights_only=True))
+        if any(offset_of(tensor) is None for tensor in found.values()):
+            found = tensors_of(torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)))
     except Exception as error:  # torch raises many types here, one for each way a file can be broken
         what = re.search(r"Unsupported (?:global: GLOBAL \S+|operand \d+)", str(error))
         reason = what[0] if what else str(error).split("\n")[0].strip()[:150] or type(error).__name__
         raise UserError(f"{path}: torch.load (weights_only=True) cannot read it: {reason}; expected a complete file of "
                         "torch.save that holds tensors only") from None
-    found = tensors_of(content)
     if not found:
         raise UserError(f"{path}: holds no tensors; expected a state dict, as torch.save(model.state_dict(), ...) writes it")
-    return {name: place(path, tensor) for name, tensor in found.items()}
+    return {name: Entry(path, tensor.dtype, tuple(tensor.shape), offset_of(tensor), tensor) for name, tensor in found.items()}
 
 
 def tensors_of(content) -> dict[str, Tensor]:
@@ -127,11 +116,10 @@ def tensors_of(content) -> dict[str, Tensor]:
     return {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, dict) else {}
 
 
-def place(path: Path, tensor: Tensor) -> Entry:
-    offset = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
-    if offset is None or not tensor.is_contiguous():
-        return Entry(path, tensor.dtype, tuple(tensor.shape), -1, tensor)
-    return Entry(path, tensor.dtype, tuple(tensor.shape), offset + tensor.storage_offset() * tensor.element_size())
+def offset_of(tensor: Tensor) -> int | None:
+    """Byte of its file at which the numbers of a fake tensor begin; None where they do not lie there one behind the other."""
+    start = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
+    return start + tensor.storage_offset() * tensor.element_size() if start is not None and tensor.is_contiguous() else None
 
 
 def seems(names: Iterable[str]) -> str:

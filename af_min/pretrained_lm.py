@@ -8,7 +8,6 @@ logit later.
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
 import torch
@@ -105,16 +104,12 @@ def open_folder(folder: Path) -> dict[str, Entry]:
         raise UserError(f"{folder}: no weights: found {found}; expected {' or '.join(WEIGHT_FILES)}")
     if not name.endswith(".index.json"):
         return open_file(folder / name)
-    try:
-        weight_map = json.loads((folder / name).read_text(encoding="utf-8"))["weight_map"]
-        shards = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder / name}: no usable weight_map ({error!r}); expected {{tensor name: file name}}") from None
+    weight_map = read_json(folder / name).get("weight_map")
+    if not (isinstance(weight_map, dict) and all(isinstance(shard, str) for shard in weight_map.values())):
+        raise UserError(f"{folder / name}: no usable weight_map; expected {{tensor name: file name}}")
     entries = {}
-    for i, shard in enumerate(shards):
-        if not (folder / shard).is_file():
-            raise UserError(f"{folder / shard}: no such file; {name} lists it as shard {i + 1} of {len(shards)}")
-        entries.update(open_file(folder / shard))
+    for shard in sorted(set(weight_map.values())):
+        entries |= open_file(folder / shard)
     lost = sorted(set(weight_map) - set(entries))
     if lost:
         raise UserError(f"{folder / weight_map[lost[0]]}: tensor {lost[0]!r} is missing; {name} says it is here")
@@ -132,18 +127,17 @@ def lm_config(values: dict, where: str) -> LMConfig:
     """Our settings from a Hugging Face config.json, old and new spellings."""
     try:
         config = opt_config(values, where) if values["model_type"] == "opt" else llama_config(values, where)
+        for name in ("vocab_size", "width", "layers", "heads", "kv_heads", "head_dim", "inner", "max_positions"):
+            value = getattr(config, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value!r}, expected a positive whole number")
+        check(config)
     except KeyError as error:
         raise UserError(f"{where}: setting {error} is missing") from None
+    except UserError:
+        raise
     except (TypeError, ValueError, ZeroDivisionError) as error:
-        raise error if isinstance(error, UserError) else UserError(f"{where}: a setting has an unusable value ({error})") from None
-    for name in ("vocab_size", "width", "layers", "heads", "kv_heads", "head_dim", "inner", "max_positions"):
-        value = getattr(config, name)
-        if not isinstance(value, int) or value < 1:
-            raise UserError(f"{where}: {name} is {value!r}, expected a positive whole number")
-    try:
-        check(config)
-    except ValueError as error:
-        raise UserError(f"{where}: {error}") from None
+        raise UserError(f"{where}: a setting has an unusable value ({error})") from None
     return config
 
 

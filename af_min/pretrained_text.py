@@ -41,7 +41,8 @@ class PublishedTokenizer:
         self.vocab_size = max(vocabulary.size, 1 + max(self.special_ids))
 
     def encode(self, text: str) -> list[int]:
-        return self.vocabulary.encode(text)
+        # A lone surrogate, as errors="surrogateescape" leaves it, is no character: it becomes a question mark.
+        return self.vocabulary.encode(text.encode("utf-8", "replace").decode())
 
     def decode(self, ids: list[int]) -> str:
         """Text of the ids; special tokens are left out."""
@@ -80,8 +81,7 @@ class BPE:
         self.size, self.text_size = (1 + max(engine.get_vocab(with_added_tokens=added).values()) for added in (True, False))
 
     def encode(self, text: str) -> list[int]:
-        # A lone surrogate, as errors="surrogateescape" leaves it, is no character: it becomes a question mark.
-        return self.engine.encode(text.encode("utf-8", "replace").decode(), add_special_tokens=False).ids
+        return self.engine.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
         return self.engine.decode(ids, skip_special_tokens=True)
@@ -105,7 +105,7 @@ class SentencePiece:
         self.size = self.text_size = self.engine.vocab_size()
 
     def encode(self, text: str) -> list[int]:
-        return self.engine.encode(text.encode("utf-8", "replace").decode())
+        return self.engine.encode(text)
 
     def decode(self, ids: list[int]) -> str:
         return self.engine.decode(ids)
@@ -186,9 +186,7 @@ def published_tokenizer(folder: Path) -> PublishedTokenizer:
     if eos is None:
         raise UserError(f"{folder}: no end-of-text token: neither tokenizer_config.json (eos_token) nor config.json "
                         "(eos_token_id) names one that the vocabulary has")
-    ids = {"eos_id": eos, "bos_id": eos if id_of("bos") is None else id_of("bos"),
-           "pad_id": eos if id_of("pad") is None else id_of("pad")}
-    following = vocabulary.size
+    ids, following = {f"{role}_id": eos if id_of(role) is None else id_of(role) for role in names}, vocabulary.size
     for name, token in SPECIAL.items():
         ids[name] = vocabulary.id_of(token)
         if ids[name] is None:

@@ -168,9 +168,7 @@ class TextStage:
         """This process's share of every part of the batch, each in `accumulate` pieces."""
         batch, parts, size = self.mixture.batch(number), [], self.world.size
         places = [place for part in batch for place in part]
-        counts = np.zeros(len(self.tasks), np.int64)
-        for d, i in places:
-            counts[self.task_of[d][i]] += self.answers_of[d][i]
+        counts = np.bincount(self.task_of_tokens(places), minlength=len(self.tasks))
         for part in batch:
             for n in range(self.accumulate):
                 share = part[self.world.rank::size][n::self.accumulate]
@@ -183,6 +181,10 @@ class TextStage:
         return Step(parts, counts.tolist(), len(places), tokens, int(sum(max(part) * len(part) for part in lengths)),
                     tokens * self.flops[0] + int(counts.sum()) * self.flops[1])
 
+    def task_of_tokens(self, places) -> np.ndarray:
+        """The number of the task of every supervised token, sample after sample."""
+        return np.repeat([self.task_of[d][i] for d, i in places], [self.answers_of[d][i] for d, i in places])
+
     def name(self, d: int, i: int) -> str:
         dataset = self.mixture.datasets[d]
         return f"{dataset.tasks[i]} {' '.join(file for file, _ in dataset.samples[i].audios)}"
@@ -192,9 +194,8 @@ class TextStage:
         batch = self.mixture.collate(places, self.tokenizer.pad_id, config.clap.out_width).to(device)
         with half_precision(device, self.float32):
             nll = self.everything(batch, self.listening)
-        task = np.repeat([self.task_of[d][i] for d, i in places], [self.answers_of[d][i] for d, i in places])
         sums = torch.zeros(len(self.tasks), dtype=nll.dtype, device=device)
-        sums.index_add_(0, torch.from_numpy(task).to(device), nll.detach())
+        sums.index_add_(0, torch.from_numpy(self.task_of_tokens(places)).to(device), nll.detach())
         return nll.sum() / total * weight, sums * weight
 
 

@@ -314,7 +314,7 @@ def test_wrong_files_are_named(tmp_path):
     wrong(tmp_path / "empty.pth", encoder, "empty", "expected weights")
     wrong(tmp_path, encoder, "a folder", "expected a file of weights")
     (tmp_path / "text.safetensors").write_text("hello, this is not it")
-    wrong(tmp_path / "text.safetensors", encoder, "not a safetensors file")
+    wrong(tmp_path / "text.safetensors", encoder, "not a whole safetensors file")
     content = save(tmp_path / "whole.pth", random_checkpoint(encoder)).read_bytes()
     (tmp_path / "cut.pth").write_bytes(content[:len(content) // 2])
     wrong(tmp_path / "cut.pth", encoder, "truncated", "copy or download it again")

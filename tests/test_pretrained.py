@@ -19,7 +19,7 @@ import released_format
 import sample
 import test_sample
 import training
-from af_min import pretrained
+from af_min import checkpoint, pretrained
 from af_min.cli import UserError
 from af_min.config import Config, LMConfig, RepresentationConfig, TINY
 from af_min.flamingo import AudioFlamingo
@@ -224,7 +224,7 @@ def test_a_released_checkpoint_becomes_a_run_folder(files, tmp_path):
     assert config.representation.attend_padding and config.representation.max_audios == 2 and not config.lm.tied_head
     assert (tokenizer.audio_id, tokenizer.eoc_id, tokenizer.sep_id) == (297, 298, 299) and config.audio_id == 297
     pretrained.write_run(tmp_path, config, tokenizer, state, {})
-    again, read_back = pretrained.open_run(tmp_path)
+    again, read_back = checkpoint.load_run(tmp_path)
     assert again.config == config and read_back.encode("a dog") == tokenizer.encode("a dog")
     silent = again.encode(torch.zeros(1, SMALL.audio.window_samples))[0]
     assert (again.silence - silent).abs().max() < 1e-6 and silent.std() > 0.1
@@ -266,11 +266,12 @@ def test_the_two_commands_of_a_user_with_published_files(files, tmp_path, monkey
     monkeypatch.setattr(pretrained, "released_model", functools.partial(pretrained.released_model, base=SMALL))
     soundfile.write(tmp_path / "x.wav", 0.3 * torch.randn(3000, generator=torch.Generator().manual_seed(0)).numpy(), 16_000)
     flags = [] if dtype == "bfloat16" else ["--dtype", dtype]
-    pretrained.main(["--audio-flamingo", foundation, "--clap", clap, "--lm", lm, "--out", str(tmp_path / "run"), "--slots", "2", *flags])
+    command = ["--audio-flamingo", foundation, "--clap", clap, "--lm", lm, "--out", tmp_path / "run", "--slots", 2, *flags]
+    training.run_main(pretrained, tmp_path, command)
     assert f"({dtype}), vocabulary 300" in capsys.readouterr().out
     training.run_main(sample, tmp_path, ["--run", "run", "--audio", "x.wav", "--prompt", "What is it?", "--max-new", 6])
     answer = capsys.readouterr().out.rstrip("\n")
-    model, tokenizer = pretrained.open_run(tmp_path / "run")
+    model, tokenizer = checkpoint.load_run(tmp_path / "run")
     row = {"task": "AQA", "audio": str(tmp_path / "x.wav"), "prompt": "What is it?"}
     question, heard = write_sample(tokenizer, row, complete=False), hear(model, row["audio"]).windows_WD
     wide = {name for name, tensor in model.state_dict().items() if tensor.dtype == torch.float32}
@@ -280,7 +281,7 @@ def test_the_two_commands_of_a_user_with_published_files(files, tmp_path, monkey
     assert answer == tokenizer.decode(said) and len(said) > 1
 
 
-def test_the_command_and_its_mistakes(files, tmp_path):
+def test_the_command_and_its_mistakes(files, tmp_path, monkeypatch):
     foundation, clap, lm = files
     trained = lm.with_name("trained")
     trained.mkdir()
@@ -300,8 +301,9 @@ def test_the_command_and_its_mistakes(files, tmp_path):
             (("--clap", clap, "--lm", lm, "--out", lm), "--out .*opt: this is the folder of the language model"),
             (("--clap", clap, "--lm", lm, "--out", clap), "--out .*clap.pth: this is a file"),
             (("--audio-flamingo", foundation, "--clap", clap, "--lm", lm), "clap.pth: tensor .* is missing")):
+        monkeypatch.setattr(sys, "argv", ["pretrained", *map(str, arguments)])
         with pytest.raises(UserError, match=message):
-            pretrained.main([str(a) for a in arguments])
+            pretrained.main()
     done = subprocess.run([sys.executable, "-m", "af_min.pretrained", "--lm", str(tmp_path)], capture_output=True, text=True,
                           cwd=Path(__file__).parent.parent)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
@@ -318,7 +320,7 @@ def test_converting_and_opening_hold_the_target_alone(tmp_path):
     convert = (f"import test_pretrained\nrun, base = {str(tmp_path / 'run')!r}, test_pretrained.SMALL\nbefore = peak()\n"
                f"made = pretrained.released_model(*{files!r}, torch.bfloat16, slots=3, base=base)\nstate = made[-1]\n"
                "pretrained.write_run(Path(run), *made, {})")
-    opened = f"before = peak()\nstate = pretrained.open_run({str(tmp_path / 'run')!r})[0].state_dict()"
+    opened = f"from af_min import checkpoint\nbefore = peak()\nstate = checkpoint.load_run({str(tmp_path / 'run')!r})[0].state_dict()"
     for code in (convert, opened):
         target, extra = measured(code)
         assert 0.9 * target < extra < 1.1 * target + 3e7, f"{extra / 1e6:.0f} MB more for {target / 1e6:.0f} MB"

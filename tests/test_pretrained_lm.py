@@ -73,7 +73,7 @@ def test_shards_and_torch_files(llama):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     assert same(load_lm(folder), lm)
     (folder / "model-2.safetensors").unlink()
-    with pytest.raises(UserError, match=r"model-2.safetensors: no such file; model.safetensors.index.json lists it as shard 2 of 2"):
+    with pytest.raises(UserError, match="model-2.safetensors: no such file; expected a file of weights"):
         load_lm(folder)
     (folder / "model.safetensors.index.json").unlink()
     torch.save(state, folder / "pytorch_model.bin")
@@ -130,7 +130,7 @@ def test_parameters_on_meta_keeps_buffers():
     ({"vocab_size": None}, "vocab_size is None, expected a positive whole number"),
     ({"num_attention_heads": 0}, "config.json: a setting has an unusable value"),
     ({"rms_norm_eps": None}, "config.json: a setting has an unusable value"),
-    ({"num_key_value_heads": 3}, "config.json: lm.heads = 4 is not a multiple of lm.kv_heads = 3"),
+    ({"num_key_value_heads": 3}, "config.json: .*lm.heads = 4 is not a multiple of lm.kv_heads = 3"),
 ])
 def test_settings_that_are_not_supported_are_named(llama, change, message):
     folder, state, _ = llama
@@ -179,16 +179,14 @@ def test_damaged_files_are_named(llama, tmp_path):
     folder, state, _ = llama
     path = folder / "model.safetensors"
     whole = path.read_bytes()
-    for content, message in ((whole[:-100], "model.safetensors: truncated: .* bytes, but its header speaks of"),
-                             (whole[:50], "not a safetensors file, or a truncated one"), (b"", "not a safetensors file, or a truncated one"),
-                             (b"<html>no such page</html>" * 9, "not a safetensors file, or a truncated one"),
-                             (whole[:8] + b"x" * (len(whole) - 8), "its safetensors header is damaged"),
-                             (whole.replace(b'"F32"', b'"F16"', 1), "header is damaged: 'lm_head.weight' of .* F16 has 7808 bytes"),
-                             (whole.replace(b'"dtype"', b'"dtipe"', 1), r"header is damaged \(KeyError\('dtype'\)\)"),
-                             (whole.replace(b'"F32"', b'"I99"', 1), "holds numbers of type I99; expected F64")):
+    for content in (whole[:-100], whole[:50], b"", b"<html>no such page</html>" * 9, whole[:8] + b"x" * (len(whole) - 8),
+                    *(whole.replace(*change, 1) for change in ((b'"F32"', b'"F16"'), (b'"dtype"', b'"dtipe"'), (b'"F32"', b'"I99"')))):
         path.write_bytes(content)
-        with pytest.raises(UserError, match=message):
+        with pytest.raises(UserError, match="model.safetensors: not a whole safetensors file .*; copy or download it again"):
             load_lm(folder)
+    path.write_bytes(whole.replace(b'"F32"', b'"U32"', 1))
+    with pytest.raises(UserError, match="holds numbers of type U32; expected F64"):
+        load_lm(folder)
     path.unlink()
     with pytest.raises(UserError, match=r"llama: no weights: found config.json; expected model.safetensors or"):
         load_lm(folder)
@@ -227,11 +225,11 @@ def measured(code):
 
     VmHWM where there is one: on Linux ru_maxrss of a new process begins with what its parent held.
     """
-    start = ("import re, resource, sys, torch\nfrom pathlib import Path\nsys.path.insert(0, 'tests')\nfrom af_min import pretrained\n"
+    start = ("import re, resource, sys, torch\nfrom pathlib import Path\nsys.path.insert(0, 'tests')\nfrom af_min import config, pretrained\n"
              "status = Path('/proc/self/status')\n"
              "peak = lambda: 1024 * int(re.search(r'VmHWM:\\s+(\\d+)', status.read_text())[1]) if status.exists() else \\\n"
              "    resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-             "with torch.device('meta'):\n    pretrained.AudioFlamingo(pretrained.settings.TINY)\n")         # 110 MB of torch's modules
+             "with torch.device('meta'):\n    pretrained.AudioFlamingo(config.TINY)\n")         # 110 MB of torch's modules
     end = "print(sum(tensor.nbytes for tensor in state.values()), peak() - before)"
     out = subprocess.run([sys.executable, "-c", f"{start}{code}\n{end}"], capture_output=True, text=True, check=True,
                          cwd=Path(__file__).parent.parent)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 import micro
 from af_min import checkpoint, engine, muon
+from af_min.cli import UserError
 from training import ROOT, STAGES, log, losses, spawn, train, weights
 
 
@@ -236,6 +237,17 @@ def test_a_file_has_its_name_only_when_it_is_whole(tmp_path):
     with pytest.raises(TypeError):
         checkpoint.write_json(tmp_path / "a.json", {"x": {1, 2}})
     assert torch.equal(load_file(tmp_path / "a.safetensors")["x"], torch.ones(3)) and json.loads((tmp_path / "a.json").read_text()) == {"x": 1}
+
+
+@pytest.mark.parametrize("tensors, says", [
+    ({}, r"a: got shape nothing, expected \(\)"), ({"a": torch.ones(2)}, r"a: got shape \(2,\), expected \(\)"),
+    ({"a": torch.ones(()), "b": torch.ones(())}, r"b: got shape \(\), expected nothing")])
+def test_weights_that_differ_are_named_with_both_shapes(tensors, says):
+    """A single number has the shape (), which is not the same as none."""
+    module = torch.nn.Module()
+    module.a = torch.nn.Parameter(torch.zeros(()))
+    with pytest.raises(UserError, match=f"x: {says}"):
+        checkpoint.load_strictly(module, tensors, "x")
 
 
 @pytest.mark.parametrize("calls", range(1, 12))
