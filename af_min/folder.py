@@ -26,7 +26,6 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-import soundfile
 
 from . import audio, audio_files, manifest
 from .audio_files import AudioError
@@ -260,6 +259,7 @@ def stored_as(recording: audio.Recording) -> tuple[np.ndarray, str]:
 
 def _store(path: Path, folder: Path, sample_rate: int, max_seconds: float, report: Report, name: str) -> tuple[str, float]:
     """Check and convert one recording: (content hash, seconds). AudioError says what is wrong with it."""
+    import soundfile
     audio_files.inspect(path)
     recording = audio.load(path, sample_rate, max_seconds=max_seconds)
     if recording.silent:

@@ -24,8 +24,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-import soundfile
-
 from . import audio, audio_files
 from .cli import UserError, alone
 
@@ -258,6 +256,7 @@ def check(folder, progress: Callable[[Iterable], Iterable] = iter) -> list[str]:
                 wrong.append(str(error))
     wrong += [f"{folder}: group {group!r:.60} in the splits {' and '.join(of)} ({', '.join(of.values())})"
               for group, of in groups.items() if group and len(of) > 1]
+    import soundfile
     contents = {}                                          # hash of the samples -> name, splits
     for name in progress(sorted(starts)):
         try:

@@ -160,6 +160,12 @@ def test_works_without_triton():
            "assert (kernels.masked_cross_attention(x, x, x, torch.tensor([[0, 1]], dtype=torch.int32))[0, 0, 1] == 1).all()")
 
 
+def test_measuring_on_a_gpu_needs_no_sound_library():
+    """Benchmarks and the kernels' tests read no recording: they run where soundfile and soxr are not installed."""
+    python("-c", "import sys; sys.modules.update(dict.fromkeys(('soundfile', 'soxr', 'py7zr'))); sys.path.append('tests')\n"
+           "import kernels.benchmark, kernels.benchmark_model, bench_step, conftest, test_kernels_interpreted")
+
+
 @needs_triton
 def test_kernels_under_the_interpreter():
     """Forward and every gradient on odd sizes in three precisions: see tests/test_kernels_interpreted.py."""
