@@ -194,6 +194,28 @@ def test_every_configuration_compiles_without_spills():
     assert "no faults" in python("-m", "kernels.check_compile", TRITON_INTERPRET="0")
 
 
+@needs_triton
+def test_a_new_length_of_text_compiles_no_new_kernel():
+    """Of whatever number of tokens, keys, heads and rows, launches ask the JIT for one variant; dk and dv for two or, of one token, three."""
+    out = python("-c", "import torch\n"
+                 "from kernels import check_compile, masked_xattn, residual\n"
+                 "def attention(H, T, L):\n"
+                 "    q, k, v = (torch.empty(1, n, H, 64).transpose(1, 2) for n in (T, L, L))\n"
+                 "    n = torch.zeros(1, T, dtype=torch.int32)\n"
+                 "    o, lse = masked_xattn.forward_op(q, k, v, n)\n"
+                 "    masked_xattn.backward_op(o, q, k, v, n, o, lse)\n"
+                 "def project(rows):\n"
+                 "    x = torch.empty(rows, 64)\n"
+                 "    residual.forward_op(x, x, torch.empty(64, 64), torch.empty(1))\n"
+                 "sizes = [(H, T, L) for H in (1, 5, 16) for T in (1, 2, 48, 33) for L in (1, 40, 64, 1001)]\n"
+                 "launches = check_compile.recorded(masked_xattn, '', lambda: [attention(*s) for s in sizes])\n"
+                 "launches += check_compile.recorded(residual, '', lambda: [project(rows) for rows in (1, 2, 16)])\n"
+                 "variants = {(l.kernel.__name__, str(check_compile.specialised(l, 90))) for l in launches}\n"
+                 "names = [name for name, _ in variants]\n"
+                 "print({name: names.count(name) for name in sorted(names)})", TRITON_INTERPRET="0")
+    assert out.strip() == str({"residual_forward": 1, "xattn_decode": 1, "xattn_dkv": 3, "xattn_dq": 1, "xattn_forward": 1, "xattn_join": 1})
+
+
 def saved_rows(folder):
     """The lines of a dry run's benchmark.csv; every one is whole, and nothing else looks like a result."""
     lines = (folder / "dry" / "benchmark.csv").read_text().splitlines()
