@@ -7,7 +7,7 @@
 The launch code itself is run, on CPU tensors of the model's shapes, with a recorder in place of each kernel, so what is
 compiled is what a GPU would be asked for: the same tiles, warps and stages, and arguments specialised by Triton's JIT (an integer 1
 becomes a constant; multiples of 16 and aligned pointers are marked so; except those that a kernel lists in `do_not_specialize`). Left out,
-as they spill on sm_90: dk and dv of one token (float32, head width 128), projections of odd width. From the PTX, ptxas reports:
+as they spill: dk and dv of one token (float32, head width 128), projections of odd width. From the PTX, ptxas reports:
 
     registers, spills     a spill (registers kept in memory) fails
     shared memory         a program must fit 99 KiB for sm_80 (what its smaller relatives sm_86, sm_89 have), 227 KiB for sm_90

@@ -357,6 +357,7 @@ def _(do, q, k, v, kv_len, o, lse):
 
 
 def save_for_backward(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)             # no zeros in place of dlse, which nobody asks for
     ctx.save_for_backward(*inputs, *output)
 
 
