@@ -245,7 +245,9 @@ def test_a_dry_run_goes_through_every_measurement(tmp_path):
     assert [row[3] for row in rows if row[0] == "tests"][0].startswith("1 passed")
     assert "1 passed" in (tmp_path / "dry" / "tests.txt").read_text()
     assert (tmp_path / "dry" / "benchmark.png").stat().st_size > 10_000 and not list(tmp_path.glob("dry/*.partial"))
-    profiles = [file.read_text() for file in (tmp_path / "dry").glob("profile-*.txt")]
+    files = [*tmp_path.glob("dry/profile-*.txt")]
+    assert min(file.stat().st_mtime_ns for file in files) > (tmp_path / "dry" / "tests.txt").stat().st_mtime_ns, "profiles slow what follows"
+    profiles = [file.read_text() for file in files]
     assert len(profiles) == 4 and all("af_min::masked_xattn" in profile for profile in profiles)
 
 
@@ -281,7 +283,7 @@ def test_a_benchmark_that_is_killed_or_runs_out_of_time_leaves_what_it_measured(
     rows = saved_rows(tmp_path)
     assert {row[0] for row in rows if row[3] == "not run: broken"} == {"check", "block", "plot"}
     late = [row[0] for row in rows if row[3] == "not run: no time left"]
-    assert len(late) > 20 and set(late) == {"core", "model", "projection", "tests"}
+    assert len(late) > 20 and set(late) == {"core", "model", "projection", "profile", "tests"}
     assert "RuntimeError: broken" in (tmp_path / "dry" / "errors.txt").read_text()
 
 
@@ -294,6 +296,7 @@ def test_a_profile_that_fails_costs_no_measurement(tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark_model, "decoding", lambda *_: {})
     monkeypatch.setattr(benchmark_model, "profile", fails)
     bench = benchmark.Bench(tmp_path, "", dry=True)
-    benchmark_model.table(bench)
-    assert [row[2:4] for row in bench.rows] == [("kernels, step", "not run: no profiler")] \
-        + [(name, "step") for name in ("kernels", "PyTorch", "released form")]
+    for profiled in (False, True):
+        benchmark_model.table(bench, profiled)
+    assert [row[2:4] for row in bench.rows] == [(name, "step") for name in ("kernels", "PyTorch", "released form")] \
+        + [("kernels, step", "not run: no profiler")]
