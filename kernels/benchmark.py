@@ -327,7 +327,8 @@ def measure(bench: Bench) -> None:
                         ("core", lambda: core_table(bench, *core, compiled=True))):
         with bench.surviving(name):
             table()
-        torch.cuda.empty_cache()                  # the tests are processes of their own, which need memory too
+        with bench.surviving("memory"):           # the tests are processes of their own, which need memory too, and run even where
+            torch.cuda.empty_cache()              # a kernel's illegal access makes every further call of this process fail
         with bench.surviving("plot"):
             plot(bench)
 

@@ -278,10 +278,10 @@ def test_a_benchmark_that_is_killed_or_runs_out_of_time_leaves_what_it_measured(
                f"sys.argv = ['benchmark', '--dry', '--minutes', '0', '--out', {str(tmp_path)!r}]\n"
                "def fails(*a, **k):\n"
                "    raise RuntimeError('broken')\n"
-               "benchmark.check = benchmark.plot = benchmark.block_table = fails\n"
+               "benchmark.check = benchmark.plot = benchmark.block_table = benchmark.torch.cuda.empty_cache = fails\n"
                "benchmark.cli.run(benchmark.main)")
     rows = saved_rows(tmp_path)
-    assert {row[0] for row in rows if row[3] == "not run: broken"} == {"check", "block", "plot"}
+    assert {row[0] for row in rows if row[3] == "not run: broken"} == {"check", "block", "plot", "memory"}
     late = [row[0] for row in rows if row[3] == "not run: no time left"]
     assert len(late) > 20 and set(late) == {"core", "model", "projection", "profile", "tests"}
     assert "RuntimeError: broken" in (tmp_path / "dry" / "errors.txt").read_text()
