@@ -16,7 +16,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import soxr
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -57,6 +56,7 @@ def load(path, sample_rate: int, start: float = 0.0, max_seconds: float | None =
         x_S = read(file, path, first, wanted)
         check_truncation(path, file)
     if rate != sample_rate:
+        import soxr                                                    # as late as soundfile: audio_files.py
         length = -(-len(x_S) * sample_rate // rate)                    # ceil
         x_S = soxr.resample(x_S, rate, sample_rate, quality="HQ")[:length]
         x_S = np.pad(x_S, (0, length - len(x_S)))

@@ -12,11 +12,14 @@ import re
 import struct
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import soundfile
 
 from .cli import UserError
+
+if TYPE_CHECKING:          # elsewhere imported where a file is read: what only computes (kernels/benchmark.py) does without
+    import soundfile
 
 EXTENSIONS = (".wav", ".flac", ".ogg", ".oga", ".mp3")
 MIN_SECONDS = 0.1          # shorter recordings hold nothing that a window could show
@@ -51,6 +54,7 @@ def inspect(path) -> float:
 
 def opened(path) -> soundfile.SoundFile:
     """The file, at its beginning. AudioError where there is none, or nothing in it that libsndfile knows."""
+    import soundfile
     if not os.path.isfile(path):                                # False too where a name is too long to be one
         raise AudioError(path, "missing", "a folder; name the recordings in it" if os.path.isdir(path) else "there is no such file")
     if Path(path).stat().st_size == 0:
@@ -76,6 +80,7 @@ def opened(path) -> soundfile.SoundFile:
 
 def read(file: soundfile.SoundFile, path, first: int, count: int) -> np.ndarray:
     """Samples first .. first + count - 1 of channel 0, (count,) float64, full scale = 1."""
+    import soundfile
     try:
         file.seek(first)
         x_SC = file.read(count, dtype="float64", always_2d=True)

@@ -26,7 +26,6 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-import soundfile
 from tqdm import tqdm
 
 from . import audio, audio_files, manifest
@@ -250,6 +249,7 @@ def stored_as(recording: audio.Recording) -> tuple[np.ndarray, str]:
 
 def _store(path: Path, folder: Path, sample_rate: int, report: Report, name: str) -> dict:
     """Check and convert one recording. AudioError says what is wrong with it."""
+    import soundfile
     audio_files.inspect(path)
     recording = audio.load(path, sample_rate, max_seconds=MAX_SECONDS)
     if recording.silent:

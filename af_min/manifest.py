@@ -24,7 +24,6 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import soundfile
 from tqdm import tqdm
 
 from . import audio, audio_files
@@ -266,7 +265,9 @@ def check(folder) -> list[str]:
         sound = name
         try:
             seconds = audio_files.inspect(folder / name)
-            samples = audio.load(folder / name, soundfile.info(folder / name).samplerate).samples
+            with audio_files.opened(folder / name) as file:
+                rate = file.samplerate
+            samples = audio.load(folder / name, rate).samples
             sound = hashlib.sha256(samples.tobytes()).digest()
             if not starts[name] < seconds:
                 wrong.append(f"{folder / name}: start {starts[name]} s lies outside its {seconds:.2f} s")

@@ -27,7 +27,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import soundfile
 
 from .questions import (LENGTH, PITCH, QUESTIONS, WINDOW, Event, description, dialogue, draw_names, glossary, interview, made_up_word,
                         roll_call, told_scene, window_text)
@@ -118,6 +117,7 @@ class Writer:
 
     def save(self, name: str, wave: np.ndarray) -> dict:
         """Write a recording -> the beginning of the rows about it."""
+        import soundfile
         file = io.BytesIO()                          # soundfile waits for the disk after every file that it writes itself
         soundfile.write(file, wave, RATE, format="WAV", subtype="PCM_16")
         (self.folder / "audio" / f"{name}.wav").write_bytes(file.getvalue())

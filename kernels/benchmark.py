@@ -305,9 +305,9 @@ def run_tests(bench: Bench) -> None:
     bench.keep(("tests", "all", "kernels", "; ".join(text.splitlines()[-1].strip("= ") for text in told), *[""] * 6))
 
 
-def model_table(bench: Bench) -> None:
+def model_table(bench: Bench, profiled: bool = False) -> None:
     from . import benchmark_model                 # wants packages that the kernels do without
-    benchmark_model.table(bench)
+    benchmark_model.table(bench, profiled)
 
 
 def measure(bench: Bench) -> None:
@@ -323,10 +323,12 @@ def measure(bench: Bench) -> None:
                         ("block", lambda: block_table(bench, *([(1, 4, 8, 2)], 64) * bench.dry)),
                         ("projection", lambda: projection_table(bench, *([(3, 8)], 64, 2, [4]) * bench.dry)),
                         ("tests", lambda: bench.attempt("tests", "all", "kernels", lambda: run_tests(bench) or {})),
+                        ("profile", lambda: model_table(bench, profiled=True)),
                         ("core", lambda: core_table(bench, *core, compiled=True))):
         with bench.surviving(name):
             table()
-        torch.cuda.empty_cache()                  # the tests are processes of their own, which need memory too
+        with bench.surviving("memory"):           # the tests are processes of their own, which need memory too, and run even where
+            torch.cuda.empty_cache()              # a kernel's illegal access makes every further call of this process fail
         with bench.surviving("plot"):
             plot(bench)
 

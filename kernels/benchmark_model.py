@@ -92,8 +92,9 @@ def decoding(model: AudioFlamingo, B: int, T: int, new: int, graph: bool) -> dic
     return {part: run for part, run in runs.items() if not (graph and part == "prompt")}
 
 
-def table(bench) -> None:
-    """Rows of the table `model`, and profile-*.txt with the kernels on."""
+def table(bench, profiled: bool = False) -> None:
+    """Rows of the table `model`; or, `profiled`, profile-*.txt with the kernels on, late in a run: what the profiler leaves in the
+    process may slow later launches, and under it replayed graphs have crashed CUDA before (torch/profiler/profiler.py)."""
     config, T, new, batches = PRESETS["af1"], 512, 16, (4, 1, 8)
     if bench.dry:
         tiny = PRESETS["tiny"]
@@ -106,14 +107,18 @@ def table(bench) -> None:
             model = model.to(torch.bfloat16).eval()
         for name, which in (("kernels", "triton"), ("PyTorch", "reference"), ("released form", "released"),
                             *[("kernels, CUDA graph", "triton")] * (not train)):
+            if profiled and which != "triton":
+                continue
+
             def measure():
                 runs = {"step": training(model, B, T)} if train else decoding(model, B, T, new, name.endswith("graph"))
                 for run in runs.values():
                     run()
-                times = {part: bench.time(run, 1000, ahead=False) for part, run in runs.items()}
-                for part in [part for part in ("prompt", "step") if part in runs and which == "triton"]:
+                if not profiled:
+                    return {part: bench.time(run, 1000, ahead=False) for part, run in runs.items()}
+                for part in [part for part in ("prompt", "step") if part in runs]:
                     bench.attempt("profile", shape, f"{name}, {part}", lambda: profile(runs[part], bench, f"{shape} {name} {part}"))
-                return times
+                return {}
             gc.collect()                              # a profile keeps the optimizer of the step that it saw, 18 GB of numbers
             with bench.backend(which), torch.set_grad_enabled(train):
-                bench.attempt("model", shape, name, measure)
+                bench.attempt("profile" if profiled else "model", shape, name, measure)

@@ -5,8 +5,9 @@
     python -m kernels.check_compile --quick         head width 64 and bf16 alone
 
 The launch code itself is run, on CPU tensors of the model's shapes, with a recorder in place of each kernel, so what is
-compiled is what a GPU would be asked for: the same tiles, warps and stages, and arguments specialised as Triton's JIT does (an
-integer 1 becomes a constant; multiples of 16 and aligned pointers are marked so). From the PTX, ptxas reports:
+compiled is what a GPU would be asked for: the same tiles, warps and stages, and arguments specialised by Triton's JIT (an integer 1
+becomes a constant; multiples of 16 and aligned pointers are marked so; except those that a kernel lists in `do_not_specialize`). Left out,
+as they spill: dk and dv of one token (float32, head width 128), projections of odd width. From the PTX, ptxas reports:
 
     registers, spills     a spill (registers kept in memory) fails
     shared memory         a program must fit 99 KiB for sm_80 (what its smaller relatives sm_86, sm_89 have), 227 KiB for sm_90
@@ -101,24 +102,23 @@ def every_launch(quick: bool) -> list[Launch]:
     return found
 
 
+def specialised(launch: Launch, capability: int) -> tuple[dict, dict, dict]:
+    """(types, constants, divisibility by 16) of the arguments, by the code that Triton's JIT itself asks at a launch."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+    kernel, backend = launch.kernel, make_backend(GPUTarget("cuda", capability, 32))
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    return kernel._pack_args(backend, launch.options, *bind(*launch.args, **launch.constants, **launch.options))[1:]
+
+
 def compile_for(launch: Launch, capability: int):
     """Triton's compilation of one launch for compute capability 8.0 or 9.0."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
-    signature, constants, attributes = {}, dict(launch.constants), {}
-    for index, (name, value) in enumerate(zip(launch.kernel.arg_names, launch.args)):
-        if isinstance(value, torch.Tensor):
-            signature[name] = "*" + NAMES[value.dtype]
-        elif value == 1:
-            constants[name] = 1
-        else:
-            signature[name] = "i32"
-        if isinstance(value, torch.Tensor) or (value % 16 == 0):
-            attributes[index,] = [["tt.divisibility", 16]]
-    signature = {name: signature.get(name, "constexpr") for name in launch.kernel.arg_names}
-    source = ASTSource(launch.kernel, signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
+    source, target = ASTSource(launch.kernel, *specialised(launch, capability)), GPUTarget("cuda", capability, 32)
+    return triton.compile(source, target=target, options=launch.options)
 
 
 def ptxas_report(ptx: str) -> tuple[int, int, bool]:

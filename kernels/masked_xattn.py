@@ -48,6 +48,9 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 SCAN = tl.constexpr(1024)     # kv_len values read at once when looking for the first token that sees a key block
 SPLIT = 512                   # keys a program reads in decoding
 
+# Counts in `do_not_specialize` bound loops and masks of whole rows. For 1, multiples of 16 and other numbers the JIT would compile
+# a kernel each: seconds at a new length of text, no better code, and with one head (float32, width 128, triton 3.6) a spill.
+
 # (BLOCK_T, BLOCK_L, warps, pipeline stages) by kernel, then by (head width, bytes of an element). check_compile.py shows that none
 # of them spills registers on sm_80 (A100) or sm_90 (H100). Their speed is not measured yet.
 CONFIGS = {
@@ -105,7 +108,7 @@ def walk_keys(q, acc, m, l, k_ptr, v_ptr, n, low, high, stride_l, K: tl.constexp
     return acc, m, l
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "H"])
 def xattn_forward(q_ptr, k_ptr, v_ptr, n_ptr, o_ptr, lse_ptr, T, H, q_b, q_h, q_t, k_b, k_h, k_l, o_b, o_h, o_t,
                   K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_L: tl.constexpr):
     """Grid (blocks of T, B·H). q, o (B, H, T, K); k, v (B, H, L, K); n = kv_len (B, T); lse (B, H, T) float32, base 2."""
@@ -146,7 +149,7 @@ def walk_keys_back(q, do, lse, delta, dq, k_ptr, v_ptr, n, low, high, stride_l, 
     return dq
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "H"])
 def xattn_dq(q_ptr, k_ptr, v_ptr, n_ptr, o_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, T, H,
              q_b, q_h, q_t, k_b, k_h, k_l, o_b, o_h, o_t, K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_L: tl.constexpr):
     """Grid (blocks of T, B·H). The forward walk again, now summing ds k. do and dq have the strides of o; writes delta (B, H, T) for xattn_dkv."""
@@ -195,7 +198,7 @@ def walk_queries(k, v, dk, dv, j, q_ptr, do_ptr, n_ptr, lse_ptr, delta_ptr, low,
     return dk, dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L", "H"])
 def xattn_dkv(q_ptr, k_ptr, v_ptr, n_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, T, L, H,
               q_b, q_h, q_t, k_b, k_h, k_l, o_b, o_h, o_t, dk_b, dk_h, dk_l,
               K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_L: tl.constexpr):
@@ -230,7 +233,7 @@ def xattn_dkv(q_ptr, k_ptr, v_ptr, n_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv
     tl.store(dv_ptr + offset, dv.to(dv_ptr.dtype.element_ty), mask=j[:, None] < L)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H"])
 def xattn_decode(q_ptr, k_ptr, v_ptr, n_ptr, o_ptr, lse_ptr, H, q_b, q_h, k_b, k_h, k_l,
                  K: tl.constexpr, BLOCK_L: tl.constexpr, SPLIT: tl.constexpr):
     """Grid (splits, B·H), T = 1: o (splits, B·H, K) and lse (splits, B·H) of one query on the SPLIT keys from split·SPLIT on."""
@@ -256,7 +259,7 @@ def xattn_decode(q_ptr, k_ptr, v_ptr, n_ptr, o_ptr, lse_ptr, H, q_b, q_h, k_b, k
     tl.store(o_ptr + row * K + d, (acc / tl.where(l == 0.0, 1.0, l)).to(o_ptr.dtype.element_ty))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "rows"])
 def xattn_join(part_ptr, lse_part_ptr, o_ptr, lse_ptr, splits, rows, K: tl.constexpr, SPLITS: tl.constexpr):
     """Grid (B·H): o = sum_i o_i w_i / sum_i w_i with w_i = exp2(lse_i - max). A split without keys (lse = +inf) has w = 0."""
     i, d, row = tl.arange(0, SPLITS), tl.arange(0, K), tl.program_id(0)
@@ -354,6 +357,7 @@ def _(do, q, k, v, kv_len, o, lse):
 
 
 def save_for_backward(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)             # no zeros in place of dlse, which nobody asks for
     ctx.save_for_backward(*inputs, *output)
 
 

@@ -39,7 +39,7 @@ CONFIGS = {(False, 2): (128, 128, 64, 8, 3), (False, 4): (64, 64, 32, 4, 1),
 FEW_ROWS = 16
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def residual_forward(x_ptr, a_ptr, w_ptr, gate_ptr, out_ptr, R, D, E, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
                      BLOCK_E: tl.constexpr):
     """Grid (tiles of the output). x, out (R, D); a (R, E); w (D, E); gate (1); all contiguous."""

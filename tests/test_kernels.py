@@ -160,6 +160,12 @@ def test_works_without_triton():
            "assert (kernels.masked_cross_attention(x, x, x, torch.tensor([[0, 1]], dtype=torch.int32))[0, 0, 1] == 1).all()")
 
 
+def test_measuring_on_a_gpu_needs_no_sound_library():
+    """Benchmarks and the kernels' tests read no recording: they run where soundfile and soxr are not installed."""
+    python("-c", "import sys; sys.modules.update(dict.fromkeys(('soundfile', 'soxr', 'py7zr'))); sys.path.append('tests')\n"
+           "import kernels.benchmark, kernels.benchmark_model, bench_step, conftest, test_kernels_interpreted")
+
+
 @needs_triton
 def test_kernels_under_the_interpreter():
     """Forward and every gradient on odd sizes in three precisions: see tests/test_kernels_interpreted.py."""
@@ -186,6 +192,28 @@ def test_kernels_compile_without_spills():
 @pytest.mark.slow
 def test_every_configuration_compiles_without_spills():
     assert "no faults" in python("-m", "kernels.check_compile", TRITON_INTERPRET="0")
+
+
+@needs_triton
+def test_a_new_length_of_text_compiles_no_new_kernel():
+    """Of whatever number of tokens, keys, heads and rows, launches ask the JIT for one variant; dk and dv for two or, of one token, three."""
+    out = python("-c", "import torch\n"
+                 "from kernels import check_compile, masked_xattn, residual\n"
+                 "def attention(H, T, L):\n"
+                 "    q, k, v = (torch.empty(1, n, H, 64).transpose(1, 2) for n in (T, L, L))\n"
+                 "    n = torch.zeros(1, T, dtype=torch.int32)\n"
+                 "    o, lse = masked_xattn.forward_op(q, k, v, n)\n"
+                 "    masked_xattn.backward_op(o, q, k, v, n, o, lse)\n"
+                 "def project(rows):\n"
+                 "    x = torch.empty(rows, 64)\n"
+                 "    residual.forward_op(x, x, torch.empty(64, 64), torch.empty(1))\n"
+                 "sizes = [(H, T, L) for H in (1, 5, 16) for T in (1, 2, 48, 33) for L in (1, 40, 64, 1001)]\n"
+                 "launches = check_compile.recorded(masked_xattn, '', lambda: [attention(*s) for s in sizes])\n"
+                 "launches += check_compile.recorded(residual, '', lambda: [project(rows) for rows in (1, 2, 16)])\n"
+                 "variants = {(l.kernel.__name__, str(check_compile.specialised(l, 90))) for l in launches}\n"
+                 "names = [name for name, _ in variants]\n"
+                 "print({name: names.count(name) for name in sorted(names)})", TRITON_INTERPRET="0")
+    assert out.strip() == str({"residual_forward": 1, "xattn_decode": 1, "xattn_dkv": 3, "xattn_dq": 1, "xattn_forward": 1, "xattn_join": 1})
 
 
 def saved_rows(folder):
@@ -217,7 +245,9 @@ def test_a_dry_run_goes_through_every_measurement(tmp_path):
     assert [row[3] for row in rows if row[0] == "tests"][0].startswith("1 passed")
     assert "1 passed" in (tmp_path / "dry" / "tests.txt").read_text()
     assert (tmp_path / "dry" / "benchmark.png").stat().st_size > 10_000 and not list(tmp_path.glob("dry/*.partial"))
-    profiles = [file.read_text() for file in (tmp_path / "dry").glob("profile-*.txt")]
+    files = [*tmp_path.glob("dry/profile-*.txt")]
+    assert min(file.stat().st_mtime_ns for file in files) > (tmp_path / "dry" / "tests.txt").stat().st_mtime_ns, "profiles slow what follows"
+    profiles = [file.read_text() for file in files]
     assert len(profiles) == 4 and all("af_min::masked_xattn" in profile for profile in profiles)
 
 
@@ -248,12 +278,12 @@ def test_a_benchmark_that_is_killed_or_runs_out_of_time_leaves_what_it_measured(
                f"sys.argv = ['benchmark', '--dry', '--minutes', '0', '--out', {str(tmp_path)!r}]\n"
                "def fails(*a, **k):\n"
                "    raise RuntimeError('broken')\n"
-               "benchmark.check = benchmark.plot = benchmark.block_table = fails\n"
+               "benchmark.check = benchmark.plot = benchmark.block_table = benchmark.torch.cuda.empty_cache = fails\n"
                "benchmark.cli.run(benchmark.main)")
     rows = saved_rows(tmp_path)
-    assert {row[0] for row in rows if row[3] == "not run: broken"} == {"check", "block", "plot"}
+    assert {row[0] for row in rows if row[3] == "not run: broken"} == {"check", "block", "plot", "memory"}
     late = [row[0] for row in rows if row[3] == "not run: no time left"]
-    assert len(late) > 20 and set(late) == {"core", "model", "projection", "tests"}
+    assert len(late) > 20 and set(late) == {"core", "model", "projection", "profile", "tests"}
     assert "RuntimeError: broken" in (tmp_path / "dry" / "errors.txt").read_text()
 
 
@@ -266,6 +296,7 @@ def test_a_profile_that_fails_costs_no_measurement(tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark_model, "decoding", lambda *_: {})
     monkeypatch.setattr(benchmark_model, "profile", fails)
     bench = benchmark.Bench(tmp_path, "", dry=True)
-    benchmark_model.table(bench)
-    assert [row[2:4] for row in bench.rows] == [("kernels, step", "not run: no profiler")] \
-        + [(name, "step") for name in ("kernels", "PyTorch", "released form")]
+    for profiled in (False, True):
+        benchmark_model.table(bench, profiled)
+    assert [row[2:4] for row in bench.rows] == [(name, "step") for name in ("kernels", "PyTorch", "released form")] \
+        + [("kernels, step", "not run: no profiler")]

@@ -96,6 +96,22 @@ def test_saved_log_sum_exp(T, L):
     torch.testing.assert_close(lse, exact, rtol=1e-5, atol=1e-5)
 
 
+def test_backward_fills_no_gradient_of_the_log_sum_exp():
+    """Of the operators that a backward pass calls, one is a kernel, and none makes zeros."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+    called = []
+
+    class Note(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            called.append(str(function))
+            return function(*args, **(kwargs or {}))
+    q, k, v, kv_len = make(5, 9, 32, torch.float32)
+    out = kernels.masked_cross_attention(q, k, v, kv_len, backend="triton")
+    with Note():
+        torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+    assert called.count("af_min.masked_xattn_backward.default") == 1 and not [name for name in called if "zeros" in name], called
+
+
 def test_no_audio_in_the_batch():
     """L = 0: zeros, and zero (not missing) gradients."""
     q, k, v, kv_len = make(3, 0, 32, torch.float32)
