@@ -372,4 +372,6 @@ def masked_cross_attention(q_BHTK: Tensor, k_BHLK: Tensor, v_BHLK: Tensor, kv_le
     """The operation of reference.py on the kernels above. q, k, v of one dtype; the output has it too."""
     assert q_BHTK.dtype == k_BHLK.dtype == v_BHLK.dtype, \
         f"got q {q_BHTK.dtype}, k {k_BHLK.dtype}, v {v_BHLK.dtype}, expected one dtype"
+    B, H = q_BHTK.shape[:2]
+    assert B * H < 1 << 16, f"got B·H = {B * H}, expected at most 65535: the second axis of a launch ends there"
     return forward_op(q_BHTK, k_BHLK, v_BHLK, kv_len)[0]

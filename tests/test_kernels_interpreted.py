@@ -289,3 +289,9 @@ def test_keys_and_values_of_all_blocks_at_once():
         for got, want in zip((k, v), block.keys_values(audio, number)):
             assert got.stride() == want.stride()
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_more_heads_than_a_launch_can_hold_are_named():
+    q = torch.empty(1 << 13, 8, 1, 32, device=DEVICE)
+    with pytest.raises(AssertionError, match="got B·H = 65536, expected at most 65535"):
+        kernels.masked_cross_attention(q, q, q, torch.ones(len(q), 1, dtype=torch.int32, device=DEVICE), "triton")
