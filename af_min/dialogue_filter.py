@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch.nn.functional import normalize
 
-from . import checkpoint, cli, manifest
+from . import checkpoint, cli, manifest, plots
 from .clap import TextTower
 from .cli import UserError, flag
 from .config import Config
@@ -84,17 +84,16 @@ def kept(rows: list[dict], own: list[list[float]], threshold: float) -> list[dic
 
 
 def draw(path: Path, own: np.ndarray, other: np.ndarray, threshold: float) -> None:
-    from .plots import COLOURS, plt
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure, axes = plots.plt.subplots(figsize=(7, 4), layout="constrained")
     bins = np.linspace(min(own.min(), other.min()), max(own.max(), other.max()), 60)
-    axes.hist(other, bins, color=COLOURS[1], alpha=0.6, label="with another recording")
-    axes.hist(own, bins, color=COLOURS[0], alpha=0.6, label="with its own recording")
+    axes.hist(other, bins, color=plots.COLOURS[1], alpha=0.6, label="with another recording")
+    axes.hist(own, bins, color=plots.COLOURS[0], alpha=0.6, label="with its own recording")
     if threshold > -1:
         axes.axvline(threshold, color="black", linestyle="--", label=f"threshold: {np.mean(own >= threshold):.0%} of turns stay")
     axes.set(xlabel="similarity of a turn's answer and its best window (cosine)", ylabel="turns")
     axes.legend(frameon=False)
     figure.savefig(path, dpi=120)
-    plt.close(figure)
+    plots.plt.close(figure)
 
 
 def main() -> None:
@@ -103,8 +102,7 @@ def main() -> None:
     manifest.read_card(folder)
     model, tokenizer = checkpoint.load_run(run)
     picture = Path(args.plot or run / f"similarity-{folder.name}.png")
-    if picture.suffix not in (".png", ".pdf", ".svg") or not picture.absolute().parent.is_dir():
-        raise UserError(f"--plot {picture}: expected a name that ends with .png, .pdf or .svg, in a folder that exists")
+    plots.check_path(picture)
     tower = load_text_tower(run, model.config)
     rows = manifest.read_rows(folder / "train.jsonl")
     dialogues = [row for row in rows if filtered(row)]

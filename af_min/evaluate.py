@@ -26,14 +26,13 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from . import checkpoint, cli, data, manifest, metrics, scores, text
 from .answering import Answerer
 from .cli import UserError, flag
 from .predictions import Predictions, header, predict, remembered
-from .retrieval import Library, pooled
+from .retrieval import Library, chosen_device, pooled
 from .scores import Measure
 from .store import Store
 
@@ -224,10 +223,6 @@ def embedded(run: Path, folder: Path, items: int, device: str) -> list[dict]:
     return results
 
 
-def on(device: str) -> str:
-    return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
-
-
 def is_embedded(test: list[dict]) -> bool:
     """Are these the test rows of the embedded data set?"""
     return any(row["task"] == "FewShotSeen" for row in test)
@@ -236,7 +231,7 @@ def is_embedded(test: list[dict]) -> bool:
 def report(run: Path, folders, items: int = 0, device: str = "auto") -> list:
     """Score a run on the first data set's test split, print the table, draw report.png: what train.py ends with."""
     run, folder = Path(run), Path(folders[0][0])
-    device, test = on(device), manifest.read_rows(folder / "test.jsonl")
+    device, test = chosen_device(device), manifest.read_rows(folder / "test.jsonl")
     if not test:
         print(f"warning: {folder}: its test split is empty: not scored, no report.png", file=sys.stderr)
         return []
@@ -253,15 +248,14 @@ def main() -> None:
         return claims.main()
     args = cli.parse(Args, description=__doc__)
     cli.at_least(args, items=0, max_new=1, seed=0)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: no GPU is visible to torch; use --device cpu")
+    args = replace(args, device=chosen_device(args.device))
     if min(args.shots, default=0) < 0:
         raise UserError(f"--shots {min(args.shots)}: expected 0 or more")
     if "/" not in args.dataset and not Path(args.dataset).exists():
         args = replace(args, dataset=f"data/{args.dataset}")
     folders = data.parse_data([args.dataset])
     if args.shots or args.options or args.split != "test" or not is_embedded(manifest.read_rows(folders[0][0] / "test.jsonl")):
-        general(replace(args, device=on(args.device)))
+        general(args)
     else:
         report(Path(args.run), folders, args.items, args.device)
 

@@ -23,6 +23,7 @@ from matplotlib import pyplot as plt
 from . import data, manifest
 from .answering import answer as answer_tokens
 from .audio import count_windows
+from .cli import UserError
 from .config import AudioConfig
 from .flamingo import Audio, AudioFlamingo, Sampling
 from .retrieval import Heard, hear
@@ -30,6 +31,12 @@ from .text import Tokenizer, write_sample
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
 SMOOTHING = 40                             # steps that a point of the smooth loss curve averages
+
+
+def check_path(path: Path) -> None:
+    """UserError for a picture that cannot have this name."""
+    if path.suffix not in (".png", ".pdf", ".svg") or path.is_dir() or not path.absolute().parent.is_dir():
+        raise UserError(f"--plot {path}: expected the name of a file that ends with .png, .pdf or .svg, in a folder that exists")
 
 
 # ---------------------------------------------------------------------- what was attended to

@@ -66,6 +66,13 @@ class Heard:
     windows_WD: np.ndarray                 # (W, D) float16, what a Store would hold
 
 
+def chosen_device(asked: str) -> str:
+    """--device auto, cpu or cuda -> cpu or cuda. UserError for a GPU that is not there."""
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: no GPU is visible to torch; use --device cpu")
+    return "cuda" if asked != "cpu" and torch.cuda.is_available() else "cpu"
+
+
 def hear(model: AudioFlamingo, path, start: float = 0.0) -> Heard:
     """Read and encode one file from second `start` on. AudioError (a UserError) names what is wrong with it."""
     config = model.config.audio
@@ -238,11 +245,9 @@ def interleaved(model: AudioFlamingo, rows: list[dict], args: Args) -> list[dict
 def main() -> None:
     args = cli.parse(Args, description=__doc__)
     cli.at_least(args, shots=0, rows=0, seed=0)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: no GPU is visible to torch; use --device cpu")
-    folder = Path(args.data)
+    where, folder = chosen_device(args.device), Path(args.data)
     manifest.read_card(folder)
-    world = World.start() if "RANK" in os.environ else World(0, 1, torch.device(args.device))
+    world = World.start() if "RANK" in os.environ else World(0, 1, torch.device(where))
     model, _ = checkpoint.load_run(Path(args.run), str(world.device))
     if args.shots >= model.config.representation.max_audios:
         raise UserError(f"--shots {args.shots}: this model takes {model.config.representation.max_audios} audios, "
