@@ -32,9 +32,8 @@ from . import checkpoint, cli, data, manifest, metrics, scores, text
 from .answering import Answerer
 from .cli import UserError, flag
 from .predictions import Predictions, header, predict, remembered
-from .retrieval import Library, chosen_device, pooled
+from .retrieval import Library, chosen_device
 from .scores import Measure
-from .store import Store
 
 
 @dataclass(frozen=True)
@@ -66,14 +65,6 @@ def questions(rows: list[dict], items: int = 0) -> dict[str, list[dict]]:
                    "answers": [turn["assistant"]]} if turn else {"answers": row.get("answers") or [row["answer"]]}
             asked.append({**row, "id": [number, n], **own})
     return scores.by_task(asked, items)
-
-
-def with_examples(rows: list[dict], library: Library, store: Store, k: int, choice: str, seed: int) -> list[dict]:
-    """Each question with k rows of the library before it, the nearest last."""
-    places = [(row["audio"], row["start"]) for row in rows]
-    vectors_QD = np.stack([pooled(store[place]) for place in places])
-    chosen = library.choose([store.keys[place] for place in places], vectors_QD, k, choice, seed)
-    return [{**row, "shots": [library.example(n, row["prompt"]) for n in reversed(numbers)]} for row, numbers in zip(rows, chosen)]
 
 
 def fitting(rows: list[dict], answerer: Answerer) -> tuple[list[dict], int]:
@@ -166,7 +157,7 @@ class Evaluation:
                 if not rows or task not in self.known:
                     continue
                 library = Library(reader.model, [args.dataset], task, "encoding train split", self.stores, args.device)
-                rows, short = fitting(with_examples(rows, library, store, k, choice, args.seed), reader)
+                rows, short = fitting(library.with_shots(rows, store, k, choice, args.seed), reader)
                 if short:
                     print(f"{task}: {short} of {len(rows)} questions had room for fewer than {k} shots", file=sys.stderr)
                 reader = Answerer(reader.model, reader.tokenizer, ChainMap(library.windows, store), args.max_new)

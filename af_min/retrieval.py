@@ -207,6 +207,13 @@ class Library:
         rows = self.rows[self.places[n]]
         return next((row for row in rows if row["prompt"].lower() == prompt.lower()), rows[0])
 
+    def with_shots(self, rows: list[dict], store: Store, k: int, choice: str, seed: int = 0) -> list[dict]:
+        """Each row, whose recordings `store` holds, with k examples before it, the nearest last."""
+        places = sorted({(row["audio"], row["start"]) for row in rows})
+        vectors_QD = np.stack([pooled(store[place]) for place in places])
+        chosen = dict(zip(places, self.choose([store.keys[place] for place in places], vectors_QD, k, choice, seed)))
+        return [{**row, "shots": [self.example(n, row["prompt"]) for n in reversed(chosen[row["audio"], row["start"]])]} for row in rows]
+
     def own_copy(self, heard: Heard) -> str | None:
         """The key of this very recording in a data set that was imported from it (folder.py), whatever its file was."""
         for store in {id(store): store for store, _ in self.stored}.values():
@@ -231,14 +238,10 @@ def interleaved(model: AudioFlamingo, rows: list[dict], args: Args) -> list[dict
         library = Library(model, [args.data], task, stores=stores, device=args.device)
         store, = stores.values()
         group = [row for row in rows if row["task"] == task]
-        places = sorted({(row["audio"], row["start"]) for row in group})
-        keys, vectors_QD = [store.keys[p] for p in places], np.stack([pooled(store[p]) for p in places])
         for choice in args.shots_from:
-            chosen = dict(zip(places, library.choose(keys, vectors_QD, args.shots, choice, args.seed)))
-            for row in group:
-                numbers = chosen[row["audio"], row["start"]][:int(rng.integers(1, args.shots + 1))]
-                shots = [{**library.example(n, row["prompt"]), "audio": library.stored[n][1][0]} for n in reversed(numbers)]
-                out.append({**row, "shots": shots, "retrieved": choice})
+            for row in library.with_shots(group, store, args.shots, choice, args.seed):
+                shots = [{**shot, "audio": Path(shot["audio"]).relative_to(args.data).as_posix()} for shot in row["shots"]]
+                out.append({**row, "shots": shots[-int(rng.integers(1, args.shots + 1)):], "retrieved": choice})
     return out
 
 

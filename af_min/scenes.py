@@ -161,14 +161,20 @@ def texture_rows(writer: Writer, index: int) -> list[dict]:
     return window_rows(writer.save(f"texture-{index:05d}", wave), events, 4, rng)
 
 
+def by(name: str, rows: list[dict]) -> dict[str, list[dict]]:
+    """Rows in groups of the same `name`."""
+    groups = defaultdict(list)
+    for row in rows:
+        groups[row[name]].append(row)
+    return groups
+
+
 def balanced(rows: list[dict], count: int, rng: np.random.Generator, even: bool) -> list[dict]:
     """`count` rows, at most; with `even`, as many of each answer."""
     rows = [rows[i] for i in rng.permutation(len(rows))]
     if not even:
         return rows[:count]
-    groups = defaultdict(list)
-    for row in rows:
-        groups[row["answer"]].append(row)
+    groups = by("answer", rows)
     each = min(min(map(len, groups.values())), -(-count // len(groups)))
     return [row for answer in sorted(groups) for row in groups[answer][:each]]
 
@@ -195,11 +201,7 @@ def record(writer: Writer, job: tuple) -> list[dict]:
 
 def example_rows(rows: list[dict], count: int, rng: np.random.Generator) -> list[dict]:
     """Questions about scenes with one to four other scenes, asked the same, before them: the form of `sample.py --shots`."""
-    groups = defaultdict(list)
-    for row in rows:
-        if row["task"] in ("AudioCaptioning", "Count"):
-            groups[row["task"]].append(row)
-    out = []
+    groups, out = by("task", rows), []
     for number in range(count):
         group = groups["Count" if number % 3 == 2 else "AudioCaptioning"]
         *shots, row = (group[i] for i in rng.choice(len(group), int(rng.integers(2, 6)), replace=False))
@@ -219,11 +221,8 @@ def pool_rows(clips: dict[str, list[dict]], split: str, count: int, rng: np.rand
 
 def held_out(questions: list[dict], clips: dict[str, list[dict]], split: str, count: int, rng: np.random.Generator) -> list[dict]:
     """At most `count` rows of every task: balanced questions, dialogues, few-shot episodes of 4 classes, pools."""
-    tasks = defaultdict(list)
-    for row in questions:
-        tasks[row["task"]].append(row)
     even = {"Presence", "Count", "CountOf", "Pitch", "Length"}
-    rows = [r for task in tasks for r in balanced(tasks[task], count, rng, task in even)]
+    rows = [r for task, of_task in by("task", questions).items() for r in balanced(of_task, count, rng, task in even)]
     for task, seen in (("FewShotSeen", True), ("FewShotUnseen", False)):
         classes = [name for name in clips if (name in TRAIN_CLASSES) == seen]
         for _ in range(count):
