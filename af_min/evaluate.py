@@ -245,10 +245,11 @@ def main() -> None:
     if "/" not in args.dataset and not Path(args.dataset).exists():
         args = replace(args, dataset=f"data/{args.dataset}")
     folders = data.parse_data([args.dataset])
-    if args.shots or args.options or args.split != "test" or not is_embedded(manifest.read_rows(folders[0][0] / "test.jsonl")):
-        general(args)
-    else:
+    table = Args(run=args.run, dataset=args.dataset, items=args.items, device=args.device)          # which no other flag changes
+    if args == table and is_embedded(manifest.read_rows(folders[0][0] / "test.jsonl")):
         report(Path(args.run), folders, args.items, args.device)
+    else:
+        general(args)
 
 
 if __name__ == "__main__":

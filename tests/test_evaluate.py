@@ -221,6 +221,12 @@ def test_the_embedded_sets_table_has_its_rows_and_goes_on_where_it_stopped(scene
     assert "swapped" in capsys.readouterr().out
 
 
+def test_a_flag_that_the_embedded_sets_table_does_not_take_is_heeded(scenes_data, model, micro_config, tokenizer, tmp_path, run_command):
+    checkpoint.save_run(tmp_path / "run", model, micro_config, tokenizer, {})
+    code, out, _ = run_command(evaluate.main, "--run", tmp_path / "run", "--dataset", scenes_data, "--items", 1, "--max-new", 2, "--no-swapped")
+    assert code == 0 and "at most 2 tokens" in out and not list((tmp_path / "run").glob("*swapped*"))
+
+
 def test_every_item_is_swapped_with_another_recording():
     """Also where all recordings are asked about one thing and then, in the same order, about another."""
     rows = [{"audio": f"{n}.wav", "start": 0.0, "prompt": prompt} for prompt in "ab" for n in range(6)]
