@@ -189,6 +189,9 @@ def general(args: Args) -> list[dict]:
     evaluation = Evaluation(args)
     conditions = [(k, choice) for k in args.shots or [0] for choice in (args.shots_from if k else [""])]
     results = [result for k, choice in conditions for result in evaluation.results(k, choice)]
+    if not results:
+        raise UserError(f"--shots: {args.dataset}: no question there can have examples: all are turns of dialogues, bring their own, or are of "
+                        "tasks that training does not have")
     print(scores.table(results, f"{'task':20s} {'shots':10s} {'measure':16s} {'items':>6s} {'refs':>5s}",
                        "{task:20s} {shots:10s} {measure:16s} {items:6d} {references:5.2f}"))
     for task, asked in evaluation.tasks.items():

@@ -1,5 +1,6 @@
 """evaluate.py: what the table says follows from the answers in the file; interrupted or not, batched or not."""
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -148,6 +149,14 @@ def test_shots_come_from_training_rows_of_the_task_and_rows_keep_their_own(comma
     _, entries = lines(place, "0")
     assert sum(bool(e["shots"]) for e in entries) == 1
     assert ("AudioCaptioning", "2 random", "CIDEr-D") in saved(place)
+
+
+def test_a_data_set_whose_questions_can_have_no_shots_is_named(command, place):
+    shutil.copytree(place / "data/mixed", place / "data/talk")
+    for split in manifest.SPLITS:
+        manifest.write_rows(place / f"data/talk/{split}.jsonl", [r for r in manifest.read_rows(place / f"data/mixed/{split}.jsonl") if "turns" in r])
+    code, _, err = command("--no-swapped", "--dataset", "talk", "--shots", "2")
+    assert code == 2 and err.splitlines()[-1].startswith("error: --shots: data/talk: no question there can have examples")
 
 
 def test_batches_answer_as_single_questions_do_and_likelihoods_too(model, tokenizer, place):
