@@ -25,7 +25,7 @@ from . import checkpoint, cli, manifest, plots
 from .clap import TextTower
 from .cli import UserError, flag
 from .config import Config
-from .data import padded
+from .data import padded, recordings
 from .scores import swapped
 from .store import Store
 
@@ -109,8 +109,7 @@ def main() -> None:
     if not dialogues:
         raise UserError(f"{folder}: no training row is a dialogue (\"turns\") about a recording: nothing to filter")
     store = Store(folder, model.encoder, model.config.audio, model.config.clap.out_width)
-    places = [(row["audio"], row["start"]) for row in dialogues]
-    store.add(places, "encoding")
+    store.add(recordings(dialogues), "encoding")
     own, other = similarities(tower, tokenizer, store, dialogues)
     flat_own, flat_other = np.concatenate(own), np.concatenate(other)
     draw(picture, flat_own, flat_other, args.threshold)

@@ -67,14 +67,12 @@ def questions(rows: list[dict], items: int = 0) -> dict[str, list[dict]]:
     return scores.by_task(asked, items)
 
 
-def fitting(rows: list[dict], answerer: Answerer) -> tuple[list[dict], int]:
-    """Rows without the first of their shots where all would not leave room for an answer; how many rows that concerns."""
-    room, out = answerer.model.config.lm.max_positions - answerer.max_new, []
-    for row in rows:
-        while row.get("shots") and len(text.write_sample(answerer.tokenizer, row, complete=False).ids) > room:
-            row = {**row, "shots": row["shots"][1:]}
-        out.append(row)
-    return out, sum(len(a.get("shots", [])) < len(b.get("shots", [])) for a, b in zip(out, rows))
+def fitting(row: dict, answerer: Answerer) -> dict:
+    """The row without the first of its shots where all would not leave room for an answer."""
+    room = answerer.model.config.lm.max_positions - answerer.max_new
+    while row["shots"] and len(text.write_sample(answerer.tokenizer, row, complete=False).ids) > room:
+        row = {**row, "shots": row["shots"][1:]}
+    return row
 
 
 # ---------------------------------------------------------------------- scores
@@ -140,9 +138,8 @@ class Evaluation:
             raise UserError(f"--shots {max(args.shots)}: this model takes {most} audios, the question's included")
         self.stores = {self.folder: self.answerer.store}
         self.header = header(Path(args.run), self.folder, args.split, args.max_new) | {"options": sorted(args.options)}
-        self.blind = {}                                                        # question id -> answer
-        for task, rows in self.tasks.items():
-            self.blind |= dict(zip((tuple(row["id"]) for row in rows), scores.blind_answers(rows, trained.get(task, []))))
+        self.blind = {tuple(row["id"]): answer for task, rows in self.tasks.items()
+                      for row, answer in zip(rows, scores.blind_answers(rows, trained.get(task, [])))}
         self.moved = self.answers(moved=True) if args.swapped else {}
 
     def answers(self, k: int = 0, choice: str = "", moved: bool = False) -> dict[str, list[dict]]:
@@ -157,8 +154,8 @@ class Evaluation:
                 if not rows or task not in self.known:
                     continue
                 library = Library(reader.model, [args.dataset], task, "encoding train split", self.stores, args.device)
-                rows, short = fitting(library.with_shots(rows, store, k, choice, args.seed), reader)
-                if short:
+                rows = [fitting(row, reader) for row in library.with_shots(rows, store, k, choice, args.seed)]
+                if short := sum(len(row["shots"]) < k for row in rows):
                     print(f"{task}: {short} of {len(rows)} questions had room for fewer than {k} shots", file=sys.stderr)
                 reader = Answerer(reader.model, reader.tokenizer, ChainMap(library.windows, store), args.max_new)
             options = self.known[task] if task in args.options and not moved else []

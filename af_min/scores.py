@@ -46,17 +46,11 @@ def dialogue_items(rows: list[dict], ask: Ask, first: int = 1) -> Iterator[tuple
 
 def with_pool_shots(rows: list[dict], store: Store, how: str, shots: int = 4, seed: int = 0) -> list[dict]:
     """Rows with a pool -> rows with the `shots` pool recordings nearest to the query, nearest last, or as many at random."""
-    def vector(row):
-        return retrieval.pooled(store[row["audio"], row["start"]])
-
     out, rng = [], random.Random(seed)
     for row in rows:
-        pool = row["pool"]
-        if how == "random":
-            chosen = rng.sample(pool, shots)
-        else:
-            near = retrieval.nearest(vector(row), np.stack([vector(p) for p in pool]), shots)
-            chosen = [pool[i] for i in reversed(near)]
+        *vectors, query = (retrieval.pooled(store[part["audio"], part["start"]]) for part in [*row["pool"], row])
+        chosen = rng.sample(row["pool"], shots) if how == "random" else \
+            [row["pool"][i] for i in reversed(retrieval.nearest(query, np.stack(vectors), shots))]
         out.append({**{k: v for k, v in row.items() if k != "pool"}, "shots": chosen})
     return out
 
