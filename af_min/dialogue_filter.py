@@ -92,8 +92,7 @@ def draw(path: Path, own: np.ndarray, other: np.ndarray, threshold: float) -> No
         axes.axvline(threshold, color="black", linestyle="--", label=f"threshold: {np.mean(own >= threshold):.0%} of turns stay")
     axes.set(xlabel="similarity of a turn's answer and its best window (cosine)", ylabel="turns")
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=120)
-    plots.plt.close(figure)
+    plots.save(figure, path, 120)
 
 
 def main() -> None:

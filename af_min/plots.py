@@ -212,8 +212,7 @@ def answer_picture(path: Path, model: AudioFlamingo, tokenizer: Tokenizer, heard
     """`sample.py --plot`: one recording and one answer about it."""
     figure = plt.figure(figsize=(9, 6.5), layout="constrained")
     draw_answer(figure, figure.add_gridspec(1, 1)[0], model, tokenizer, heard, prompt, answer, audio)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    save(figure, path, 130)
 
 
 def questions(rows: list[dict]) -> list[dict]:
@@ -240,14 +239,14 @@ def losses(run: Path) -> None:
     """<run>/report.png while training runs: the loss curves alone."""
     figure = plt.figure(figsize=(9, 5), layout="constrained")
     draw_losses(figure.add_subplot(), Path(run) / "log.jsonl")
-    save(figure, run)
+    save(figure, Path(run) / "report.png")
 
 
-def save(figure, run: Path) -> Path:
-    partial = Path(run) / ".report.partial.png"
-    figure.savefig(partial, dpi=110)
+def save(figure, path: Path, dpi: int = 110) -> Path:
+    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
+    figure.savefig(partial, dpi=dpi)
     plt.close(figure)
-    return partial.replace(Path(run) / "report.png")
+    return partial.replace(path)
 
 
 def report(run: Path, model: AudioFlamingo, tokenizer: Tokenizer, folder: Path) -> Path:
@@ -279,4 +278,4 @@ def report(run: Path, model: AudioFlamingo, tokenizer: Tokenizer, folder: Path) 
     draw_answer(figure, right, model, tokenizer, heard, sample.ids, [t for t in answer if t != tokenizer.eoc_id], state.audio)
     asked, said, truth = (plain(words, 60) for words in (row["prompt"], tokenizer.decode(answer), row["answer"]))
     figure.suptitle(f"{plain(Path(run).name)}: asked “{asked}”, it says “{said}” (true: “{truth}”)", fontsize=13)
-    return save(figure, run)
+    return save(figure, Path(run) / "report.png")
