@@ -32,7 +32,7 @@ def by_task(rows: Iterable[dict], items: int = 0) -> dict[str, list[dict]]:
 
 
 def dialogue_items(rows: list[dict], ask: Ask, first: int = 1) -> Iterator[tuple[dict, str]]:
-    """The turns from number `first` on (1: the second), the model's own answers before them: (row with "prompt" and the right "answer", its answer)."""
+    """Turns from number `first` on, the model's own answers before them: (row with "prompt" and the right "answer", its answer)."""
     said: list[list[str]] = [[] for _ in rows]
     for turn in range(max(len(r["turns"]) for r in rows)):
         live = [i for i, r in enumerate(rows) if len(r["turns"]) > turn]
