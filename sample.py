@@ -17,10 +17,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections import ChainMap
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +34,7 @@ from af_min.audio_files import MIN_SECONDS, AudioError
 from af_min.cli import UserError, flag
 from af_min.flamingo import AudioFlamingo, Sampling, State
 from af_min.manifest import HALF_LETTER
-from af_min.retrieval import Heard, Library, Place, hear
+from af_min.retrieval import Heard, Library, Place, chosen_device, hear
 from af_min.text import Sample, Tokenizer, write_sample
 
 DIALOGUE = 4096     # tokens after the first question (fewer if the model's positions end before): the cache is allocated for them at once
@@ -83,9 +83,7 @@ def check(args: Args) -> None:
     need(bool(args.prompt.strip()), "--prompt is empty: ask something")
     for name, words in (("prompt", args.prompt), ("task", args.task), ("options", args.options), *(("shot", said) for _, said in args.shot)):
         need(not HALF_LETTER.search(words), f"--{name} {words!r}: not UTF-8 text")
-    for name, value, least in (("temperature", args.temperature, 0), ("top-k", args.top_k, 0), ("max-new", args.max_new, 1),
-                               ("shots", args.shots, 0), ("seed", args.seed, 0)):
-        need(least <= value < math.inf, f"--{name} {value}: expected {least} or more")
+    cli.at_least(args, temperature=0, top_k=0, max_new=1, shots=0, seed=0)
     need(args.seed < 1 << 63, f"--seed {args.seed}: expected less than 2**63")
     need(0 < args.top_p <= 1, f"--top-p {args.top_p}: expected above 0 and at most 1")
     need(all(answer.strip() for _, answer in args.shot), "--shot FILE ANSWER: the answer is empty")
@@ -96,10 +94,8 @@ def check(args: Args) -> None:
     for name in ("prompt", "options", "shots", "shot", "plot"):
         need(not args.chat or getattr(args, name) in (getattr(Args, name, None), []), f"--chat and --{name} do not go together")
     if args.plot:
-        need(Path(args.plot).suffix in (".png", ".pdf", ".svg"), f"--plot {args.plot}: the name must end with .png, .pdf or .svg")
-        need(Path(args.plot).absolute().parent.is_dir(), f"--plot {args.plot}: there is no such folder")
-        need(not Path(args.plot).is_dir(), f"--plot {args.plot}: this is a folder; name a file")
-    need(args.device != "cuda" or torch.cuda.is_available(), "--device cuda: no GPU is visible to torch; use --device cpu")
+        from af_min import plots  # matplotlib is slow to import
+        plots.check_path(Path(args.plot))
 
 
 def note(message: str) -> None:
@@ -120,14 +116,6 @@ def hear_or_warn(model: AudioFlamingo, file: str) -> Heard:
     return heard
 
 
-def training_data(args: Args) -> list[str]:
-    """--data, or what config.json says that the run was trained on."""
-    found = checkpoint.read_json(Path(args.run) / "config.json").get("training", {}).get("args", {}).get("data", [])
-    if not (args.data or found):
-        raise UserError(f"--shots: {args.run}/config.json does not say what the run was trained on; name it with --data")
-    return args.data or found
-
-
 class TooLong(UserError):
     """The examples that were found for one recording leave no room for an answer; those of another one may."""
 
@@ -141,31 +129,34 @@ class Question:
         if count + 1 > limit:
             raise UserError(f"{count} shots and the recording itself: this model takes {limit} audios at most")
         self.asked = text.question(args.task_name, args.prompt, args.choices if args.task_name == "AudioClassification" else None)
-        by_hand = [hear_or_warn(model, file) for file, _ in args.shot]
-        self.windows = {(h.path, 0.0): h.windows_WD for h in by_hand}
+        self.windows = {(file, 0.0): hear_or_warn(model, file).windows_WD for file, _ in args.shot}
 
     @functools.cached_property
     def library(self) -> Library:
-        """What --shots chooses from; opened when the first recording needs it."""
-        return Library(self.model, training_data(self.args), self.args.task_name, "encoding")
+        """What --shots chooses from, --data or what the run was trained on; opened when the first recording needs it."""
+        run = self.args.run
+        data = self.args.data or checkpoint.read_json(Path(run) / "config.json").get("training", {}).get("args", {}).get("data")
+        if not data:
+            raise UserError(f"--shots: {run}/config.json does not say what the run was trained on; name it with --data")
+        return Library(self.model, data, self.args.task_name, "encoding")
 
-    def about(self, heard: Heard) -> tuple[Sample, dict[Place, np.ndarray]]:
+    def about(self, heard: Heard) -> tuple[Sample, Mapping[Place, np.ndarray]]:
         """-> the text, which ends where the answer begins; window embeddings (W, D) of every audio in it."""
-        args, windows = self.args, {**self.windows, (heard.path, 0.0): heard.windows_WD}
+        args, windows = self.args, self.windows
         shots = [{**self.asked, "audio": file, "answer": answer} for file, answer in args.shot]
         if args.shots:
             shots = self.library.shots(heard, args.shots, args.shots_from, args.prompt, args.seed)
-            windows |= {place: self.library.windows[place] for place in ((shot["audio"], shot["start"]) for shot in shots)}
+            windows = self.library.windows
         for shot in shots:
             note(f"shot for {heard.path}: {shot['audio']}: {shot['prompt']} {shot['answer']}")
         sample = write_sample(self.tokenizer, {**self.asked, "audio": heard.path, "shots": shots}, complete=False)
         if args.shots and len(sample.ids) >= self.model.config.lm.max_positions:
             raise TooLong(f"{heard.path}: with its examples the question is {len(sample.ids)} tokens long; this model holds "
                           f"{self.model.config.lm.max_positions}: take fewer --shots")
-        return sample, windows
+        return sample, ChainMap({(heard.path, 0.0): heard.windows_WD}, windows)
 
 
-def listen(question: Question, files: list[str], left_out: list[str]) -> Iterator[tuple[Sample, dict[Place, np.ndarray]]]:
+def listen(question: Question, files: list[str], left_out: list[str]) -> Iterator[tuple[Sample, Mapping[Place, np.ndarray]]]:
     """The question about every file, with a progress bar if there are several; of several, one that cannot be read, or whose examples are too
     long, is warned of and added to `left_out`."""
     for file in tqdm(files, unit="rec", disable=len(files) == 1):
@@ -183,9 +174,8 @@ def listen(question: Question, files: list[str], left_out: list[str]) -> Iterato
 class Printer:
     """Writes the text of tokens as they come: an incomplete multi-byte character waits for its remaining bytes."""
 
-    def __init__(self, tokenizer: Tokenizer, write: Callable[[str], None] = lambda words: print(words, end="", flush=True)):
-        self.tokenizer, self.write = tokenizer, write
-        self.ids, self.shown = [], 0
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer, self.ids, self.shown = tokenizer, [], 0
         self.begun, self.first = time.perf_counter(), None     # when generation began and when the first text was shown
 
     def __call__(self, token: int) -> None:
@@ -204,7 +194,7 @@ class Printer:
     def _show(self, known: str) -> None:
         if len(known) > self.shown:
             self.first = self.first or time.perf_counter()
-            self.write(known[self.shown:])
+            print(known[self.shown:], end="", flush=True)
             self.shown = len(known)
 
 
@@ -229,7 +219,7 @@ class Dialogue:
         missing = [] if self.ids[-1] == self.tokenizer.eoc_id else [self.tokenizer.eoc_id]
         return missing + ids[end_of_first:]
 
-    def ask(self, question: str, sampling: Sampling, max_new: int, told: Callable[[int], None] = lambda token: None) -> str:
+    def ask(self, question: str, sampling: Sampling, max_new: int, told: Callable[[int], None] | None = None) -> str:
         """The answer. UserError if the cache has no room for the question; the dialogue is unchanged then."""
         if self.state is None:
             sample = self._write({"user": question})
@@ -306,15 +296,16 @@ def ask(args: Args, model: AudioFlamingo, tokenizer: Tokenizer, sampling: Sampli
     room = max(len(tokenizer.encode(option)) + 1 for option in args.choices) if args.options else args.max_new
     asked = listen(question, args.audio, left_out)
     for batch in grouped(asked, lambda pair: len(pair[0].ids) + room, model.config.lm.max_positions):
-        samples, windows = [sample for sample, _ in batch], {place: w for _, of_one in batch for place, w in of_one.items()}
-        state, logits_BV = read(model, tokenizer, samples, windows, room)
-        printer = Printer(tokenizer, *([] if alone else [lambda words: None]))
+        samples = [sample for sample, _ in batch]
+        state, logits_BV = read(model, tokenizer, samples, ChainMap(*(windows for _, windows in batch)), room)
+        printer = Printer(tokenizer)
         if args.options:
             answers, said = choose(model, tokenizer, state, logits_BV, args.choices)
         else:
             draw = dataclasses.replace(sampling, seed=sampling.seed + done)
-            answers = answer(model, tokenizer, state, logits_BV, draw, args.max_new, printer)
-            printer.close()
+            answers = answer(model, tokenizer, state, logits_BV, draw, args.max_new, printer if alone else None)
+            if alone:
+                printer.close()
             said = ["" if alone else " ".join(tokenizer.decode(ids).splitlines()) for ids in answers]     # a line for each recording
         for sample, words in zip(samples, said):
             tqdm.write(words if alone else f"{sample.audios[-1][0]}:" + ("\n" if args.options else " ") + words)
@@ -335,8 +326,7 @@ def main() -> None:
     args = cli.parse(Args, description=__doc__)
     check(args)
     sys.stdout.reconfigure(errors="surrogateescape")       # the name of a file may hold bytes that are not UTF-8
-    device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
-    model, tokenizer = checkpoint.load_run(Path(args.run), device)
+    model, tokenizer = checkpoint.load_run(Path(args.run), chosen_device(args.device))
     model.lm.pack()
     (chat if args.chat else ask)(args, model, tokenizer, Sampling(args.temperature, args.top_k, args.top_p, args.seed))
 

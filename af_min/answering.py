@@ -63,7 +63,7 @@ def read(model: AudioFlamingo, tokenizer: Tokenizer, samples: list[Sample], embe
 
 
 def answer(model: AudioFlamingo, tokenizer: Tokenizer, state: State, logits_BV: torch.Tensor, sampling: Sampling, max_new: int,
-           told: Callable[[int], None] = lambda token: None) -> list[list[int]]:
+           told: Callable[[int], None] | None = None) -> list[list[int]]:
     """Tokens of each row's answer, <|endofchunk|> last where it was reached; `told` is told those of row 0 at once."""
     max_new = min(max_new, state.cache.max_length - state.cache.length)
     answers: list[list[int]] = [[] for _ in logits_BV]
@@ -72,7 +72,7 @@ def answer(model: AudioFlamingo, tokenizer: Tokenizer, state: State, logits_BV: 
         for row, (tokens, token) in enumerate(zip(answers, token_B.tolist())):
             if tokens[-1:] != [tokenizer.eoc_id]:
                 tokens.append(token)
-                if row == 0:
+                if told and row == 0:
                     told(token)
     return answers
 

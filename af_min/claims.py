@@ -180,7 +180,7 @@ def row(claim: str, name: str, values: dict[str, list[float]]) -> str:
 
 def draw(path: Path, results: list[tuple[str, str, dict[str, list[float]]]]) -> None:
     """A panel a comparison: a bar is the mean over seeds, a dot one seed."""
-    from .plots import COLOURS, plt
+    from .plots import COLOURS, plt, save
     rows = -(-len(results) // 4)
     figure, panels = plt.subplots(rows, 4, figsize=(15, 2.6 * rows), layout="constrained", squeeze=False)
     for axes, (claim, name, values) in zip(panels.flat, results):
@@ -192,8 +192,7 @@ def draw(path: Path, results: list[tuple[str, str, dict[str, list[float]]]]) -> 
         axes.set_xticks(range(len(values)), values)
     for axes in panels.flat[len(results):]:
         axes.axis("off")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save(figure, path)
 
 
 def main() -> None:

@@ -21,11 +21,11 @@ import numpy as np
 import torch
 from torch.nn.functional import normalize
 
-from . import checkpoint, cli, manifest
+from . import checkpoint, cli, manifest, plots
 from .clap import TextTower
 from .cli import UserError, flag
 from .config import Config
-from .data import padded
+from .data import padded, recordings
 from .scores import swapped
 from .store import Store
 
@@ -84,17 +84,15 @@ def kept(rows: list[dict], own: list[list[float]], threshold: float) -> list[dic
 
 
 def draw(path: Path, own: np.ndarray, other: np.ndarray, threshold: float) -> None:
-    from .plots import COLOURS, plt
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure, axes = plots.plt.subplots(figsize=(7, 4), layout="constrained")
     bins = np.linspace(min(own.min(), other.min()), max(own.max(), other.max()), 60)
-    axes.hist(other, bins, color=COLOURS[1], alpha=0.6, label="with another recording")
-    axes.hist(own, bins, color=COLOURS[0], alpha=0.6, label="with its own recording")
+    axes.hist(other, bins, color=plots.COLOURS[1], alpha=0.6, label="with another recording")
+    axes.hist(own, bins, color=plots.COLOURS[0], alpha=0.6, label="with its own recording")
     if threshold > -1:
         axes.axvline(threshold, color="black", linestyle="--", label=f"threshold: {np.mean(own >= threshold):.0%} of turns stay")
     axes.set(xlabel="similarity of a turn's answer and its best window (cosine)", ylabel="turns")
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    plots.save(figure, path, 120)
 
 
 def main() -> None:
@@ -103,16 +101,14 @@ def main() -> None:
     manifest.read_card(folder)
     model, tokenizer = checkpoint.load_run(run)
     picture = Path(args.plot or run / f"similarity-{folder.name}.png")
-    if picture.suffix not in (".png", ".pdf", ".svg") or not picture.absolute().parent.is_dir():
-        raise UserError(f"--plot {picture}: expected a name that ends with .png, .pdf or .svg, in a folder that exists")
+    plots.check_path(picture)
     tower = load_text_tower(run, model.config)
     rows = manifest.read_rows(folder / "train.jsonl")
     dialogues = [row for row in rows if filtered(row)]
     if not dialogues:
         raise UserError(f"{folder}: no training row is a dialogue (\"turns\") about a recording: nothing to filter")
     store = Store(folder, model.encoder, model.config.audio, model.config.clap.out_width)
-    places = [(row["audio"], row["start"]) for row in dialogues]
-    store.add(places, "encoding")
+    store.add(recordings(dialogues), "encoding")
     own, other = similarities(tower, tokenizer, store, dialogues)
     flat_own, flat_other = np.concatenate(own), np.concatenate(other)
     draw(picture, flat_own, flat_other, args.threshold)

@@ -26,16 +26,14 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from . import checkpoint, cli, data, manifest, metrics, scores, text
 from .answering import Answerer
 from .cli import UserError, flag
 from .predictions import Predictions, header, predict, remembered
-from .retrieval import Library, pooled
+from .retrieval import Library, chosen_device
 from .scores import Measure
-from .store import Store
 
 
 @dataclass(frozen=True)
@@ -69,22 +67,12 @@ def questions(rows: list[dict], items: int = 0) -> dict[str, list[dict]]:
     return scores.by_task(asked, items)
 
 
-def with_examples(rows: list[dict], library: Library, store: Store, k: int, choice: str, seed: int) -> list[dict]:
-    """Each question with k rows of the library before it, the nearest last."""
-    places = [(row["audio"], row["start"]) for row in rows]
-    vectors_QD = np.stack([pooled(store[place]) for place in places])
-    chosen = library.choose([store.keys[place] for place in places], vectors_QD, k, choice, seed)
-    return [{**row, "shots": [library.example(n, row["prompt"]) for n in reversed(numbers)]} for row, numbers in zip(rows, chosen)]
-
-
-def fitting(rows: list[dict], answerer: Answerer) -> tuple[list[dict], int]:
-    """Rows without the first of their shots where all would not leave room for an answer; how many rows that concerns."""
-    room, out = answerer.model.config.lm.max_positions - answerer.max_new, []
-    for row in rows:
-        while row.get("shots") and len(text.write_sample(answerer.tokenizer, row, complete=False).ids) > room:
-            row = {**row, "shots": row["shots"][1:]}
-        out.append(row)
-    return out, sum(len(a.get("shots", [])) < len(b.get("shots", [])) for a, b in zip(out, rows))
+def fitting(row: dict, answerer: Answerer) -> dict:
+    """The row without the first of its shots where all would not leave room for an answer."""
+    room = answerer.model.config.lm.max_positions - answerer.max_new
+    while row["shots"] and len(text.write_sample(answerer.tokenizer, row, complete=False).ids) > room:
+        row = {**row, "shots": row["shots"][1:]}
+    return row
 
 
 # ---------------------------------------------------------------------- scores
@@ -150,9 +138,8 @@ class Evaluation:
             raise UserError(f"--shots {max(args.shots)}: this model takes {most} audios, the question's included")
         self.stores = {self.folder: self.answerer.store}
         self.header = header(Path(args.run), self.folder, args.split, args.max_new) | {"options": sorted(args.options)}
-        self.blind = {}                                                        # question id -> answer
-        for task, rows in self.tasks.items():
-            self.blind |= dict(zip((tuple(row["id"]) for row in rows), scores.blind_answers(rows, trained.get(task, []))))
+        self.blind = {tuple(row["id"]): answer for task, rows in self.tasks.items()
+                      for row, answer in zip(rows, scores.blind_answers(rows, trained.get(task, [])))}
         self.moved = self.answers(moved=True) if args.swapped else {}
 
     def answers(self, k: int = 0, choice: str = "", moved: bool = False) -> dict[str, list[dict]]:
@@ -167,8 +154,8 @@ class Evaluation:
                 if not rows or task not in self.known:
                     continue
                 library = Library(reader.model, [args.dataset], task, "encoding train split", self.stores, args.device)
-                rows, short = fitting(with_examples(rows, library, store, k, choice, args.seed), reader)
-                if short:
+                rows = [fitting(row, reader) for row in library.with_shots(rows, store, k, choice, args.seed)]
+                if short := sum(len(row["shots"]) < k for row in rows):
                     print(f"{task}: {short} of {len(rows)} questions had room for fewer than {k} shots", file=sys.stderr)
                 reader = Answerer(reader.model, reader.tokenizer, ChainMap(library.windows, store), args.max_new)
             options = self.known[task] if task in args.options and not moved else []
@@ -199,6 +186,9 @@ def general(args: Args) -> list[dict]:
     evaluation = Evaluation(args)
     conditions = [(k, choice) for k in args.shots or [0] for choice in (args.shots_from if k else [""])]
     results = [result for k, choice in conditions for result in evaluation.results(k, choice)]
+    if not results:
+        raise UserError(f"--shots: {args.dataset}: no question there can have examples: all are turns of dialogues, bring their own, or are of "
+                        "tasks that training does not have")
     print(scores.table(results, f"{'task':20s} {'shots':10s} {'measure':16s} {'items':>6s} {'refs':>5s}",
                        "{task:20s} {shots:10s} {measure:16s} {items:6d} {references:5.2f}"))
     for task, asked in evaluation.tasks.items():
@@ -224,10 +214,6 @@ def embedded(run: Path, folder: Path, items: int, device: str) -> list[dict]:
     return results
 
 
-def on(device: str) -> str:
-    return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
-
-
 def is_embedded(test: list[dict]) -> bool:
     """Are these the test rows of the embedded data set?"""
     return any(row["task"] == "FewShotSeen" for row in test)
@@ -236,7 +222,7 @@ def is_embedded(test: list[dict]) -> bool:
 def report(run: Path, folders, items: int = 0, device: str = "auto") -> list:
     """Score a run on the first data set's test split, print the table, draw report.png: what train.py ends with."""
     run, folder = Path(run), Path(folders[0][0])
-    device, test = on(device), manifest.read_rows(folder / "test.jsonl")
+    device, test = chosen_device(device), manifest.read_rows(folder / "test.jsonl")
     if not test:
         print(f"warning: {folder}: its test split is empty: not scored, no report.png", file=sys.stderr)
         return []
@@ -253,17 +239,17 @@ def main() -> None:
         return claims.main()
     args = cli.parse(Args, description=__doc__)
     cli.at_least(args, items=0, max_new=1, seed=0)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: no GPU is visible to torch; use --device cpu")
+    args = replace(args, device=chosen_device(args.device))
     if min(args.shots, default=0) < 0:
         raise UserError(f"--shots {min(args.shots)}: expected 0 or more")
     if "/" not in args.dataset and not Path(args.dataset).exists():
         args = replace(args, dataset=f"data/{args.dataset}")
     folders = data.parse_data([args.dataset])
-    if args.shots or args.options or args.split != "test" or not is_embedded(manifest.read_rows(folders[0][0] / "test.jsonl")):
-        general(replace(args, device=on(args.device)))
-    else:
+    table = Args(run=args.run, dataset=args.dataset, items=args.items, device=args.device)          # which no other flag changes
+    if args == table and is_embedded(manifest.read_rows(folders[0][0] / "test.jsonl")):
         report(Path(args.run), folders, args.items, args.device)
+    else:
+        general(args)
 
 
 if __name__ == "__main__":

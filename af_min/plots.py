@@ -20,9 +20,9 @@ warnings.filterwarnings("ignore", "Glyph .* missing from")       # a caption in 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-from . import data, manifest
-from .answering import answer as answer_tokens
+from . import answering, manifest
 from .audio import count_windows
+from .cli import UserError
 from .config import AudioConfig
 from .flamingo import Audio, AudioFlamingo, Sampling
 from .retrieval import Heard, hear
@@ -30,6 +30,12 @@ from .text import Tokenizer, write_sample
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
 SMOOTHING = 40                             # steps that a point of the smooth loss curve averages
+
+
+def check_path(path: Path) -> None:
+    """UserError for a picture that cannot have this name."""
+    if path.suffix not in (".png", ".pdf", ".svg") or path.is_dir() or not path.absolute().parent.is_dir():
+        raise UserError(f"--plot {path}: expected the name of a file that ends with .png, .pdf or .svg, in a folder that exists")
 
 
 # ---------------------------------------------------------------------- what was attended to
@@ -206,43 +212,41 @@ def answer_picture(path: Path, model: AudioFlamingo, tokenizer: Tokenizer, heard
     """`sample.py --plot`: one recording and one answer about it."""
     figure = plt.figure(figsize=(9, 6.5), layout="constrained")
     draw_answer(figure, figure.add_gridspec(1, 1)[0], model, tokenizer, heard, prompt, answer, audio)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    save(figure, path, 130)
+
+
+def questions(rows: list[dict]) -> list[dict]:
+    """Rows with a prompt, each with one answer; where all are dialogues, the first turn of the first, still written as a dialogue."""
+    first = rows[0].get("turns", [None])[0]
+    return [{**row, "answer": row.get("answer") or row["answers"][0]} for row in rows if "turns" not in row] or \
+        [{**rows[0], "turns": [first], "prompt": first["user"], "answer": first["assistant"]}]
 
 
 def few_shot_row(rows: list[dict]) -> dict:
-    """The first FewShotSeen row; without one, any row with shots; without any, three rows put one after the other."""
-    shown = [row for row in rows if isinstance((row.get("shots") or [None])[0], dict)]
-    if shown:
-        return next((row for row in shown if row["task"] == "FewShotSeen"), shown[0])
-    plain = [{**row, "answer": row.get("answer") or row["answers"][0]} for row in rows if "turns" not in row][:3]
-    return {**plain[-1], "shots": plain[:-1]} if plain else {**spoken(rows[0]), "shots": []}
-
-
-def spoken(row: dict) -> dict:
-    """A dialogue's first turn as a question, still written as a dialogue."""
-    return {**row, "turns": row["turns"][:1], "prompt": row["turns"][0]["user"], "answer": row["turns"][0]["assistant"]}
+    """The first FewShotSeen row; without one, the first row with shots; without any, three rows put one after the other."""
+    shown = sorted((row for row in rows if row.get("shots")), key=lambda row: row["task"] != "FewShotSeen")
+    *shots, row = shown[:1] or rows[:3]
+    return {**row, "shots": row.get("shots") or shots}
 
 
 def scene_row(rows: list[dict]) -> dict:
     """The first caption of three or more events; without one, the first caption, or the first row."""
-    captions = [row for row in rows if row["task"] == "AudioCaptioning"] or [row for row in rows if "turns" not in row] or \
-        [spoken(rows[0])]
-    return next((row for row in captions if row.get("answer", "").count(" then ") >= 2), captions[0])
+    captions = [row for row in rows if row["task"] == "AudioCaptioning"] or rows
+    return next((row for row in captions if row["answer"].count(" then ") >= 2), captions[0])
 
 
 def losses(run: Path) -> None:
     """<run>/report.png while training runs: the loss curves alone."""
     figure = plt.figure(figsize=(9, 5), layout="constrained")
     draw_losses(figure.add_subplot(), Path(run) / "log.jsonl")
-    save(figure, run)
+    save(figure, Path(run) / "report.png")
 
 
-def save(figure, run: Path) -> Path:
-    partial = Path(run) / ".report.partial.png"
-    figure.savefig(partial, dpi=110)
+def save(figure, path: Path, dpi: int = 110) -> Path:
+    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
+    figure.savefig(partial, dpi=dpi)
     plt.close(figure)
-    return partial.replace(Path(run) / "report.png")
+    return partial.replace(path)
 
 
 def report(run: Path, model: AudioFlamingo, tokenizer: Tokenizer, folder: Path) -> Path:
@@ -251,31 +255,27 @@ def report(run: Path, model: AudioFlamingo, tokenizer: Tokenizer, folder: Path) 
     (a) loss curves of all stages, (b) a scene's log-mel with its windows, (c) the mask of a few-shot sample, (d) which windows
     each word of the model's own caption attended to.
     """
-    rows = [row for row in manifest.read_rows(Path(folder) / "test.jsonl") if row["task"] != "WindowText"]
+    rows = questions([row for row in manifest.read_rows(Path(folder) / "test.jsonl") if row["task"] != "WindowText"])
     figure = plt.figure(figsize=(16, 9), layout="constrained")
     left, right = figure.add_gridspec(1, 2)
     left = left.subgridspec(2, 1)
     draw_losses(figure.add_subplot(left[0]), Path(run) / "log.jsonl")
 
-    def listen(sample):
+    def read(sample):
         heard = {place: hear(model, Path(folder) / place[0], place[1]) for place in sample.audios}
         windows = {place: h.windows_WD for place, h in heard.items()}
-        batch = data.collate([(sample, windows)], tokenizer.pad_id, model.config.clap.out_width).to(next(model.parameters()).device)
-        with torch.no_grad():
-            return heard[sample.audios[-1]], batch.ids_BT, model.listen(batch.windows_AWD, batch.n_windows_BN)
+        return heard[sample.audios[-1]], *answering.read(model, tokenizer, [sample], windows, 40)
 
     row = few_shot_row(rows)
     sample = write_sample(tokenizer, row)
-    draw_mask(figure.add_subplot(left[1]), model, sample.ids, listen(sample)[2], [part["answer"] for part in [*row["shots"], row]])
+    _, state, _ = read(sample)
+    draw_mask(figure.add_subplot(left[1]), model, sample.ids, state.audio, [part["answer"] for part in [*row["shots"], row]])
 
     row = scene_row(rows)
-    sample = write_sample(tokenizer, {**row, "answer": ""}, complete=False)
-    heard, ids_BT, sound = listen(sample)
-    state = model.start(sound, len(sample.ids) + 40)
-    with torch.no_grad():
-        answer = answer_tokens(model, tokenizer, state, model.read(ids_BT, state), Sampling(), 40)[0]
-    draw_answer(figure, right, model, tokenizer, heard, sample.ids, [t for t in answer if t != tokenizer.eoc_id], sound)
-    truth = row.get("answer") or row["answers"][0]
-    asked, said, truth = (plain(words, 60) for words in (row["prompt"], tokenizer.decode(answer), truth))
+    sample = write_sample(tokenizer, row, complete=False)
+    heard, state, logits_BV = read(sample)
+    answer = answering.answer(model, tokenizer, state, logits_BV, Sampling(), 40)[0]
+    draw_answer(figure, right, model, tokenizer, heard, sample.ids, [t for t in answer if t != tokenizer.eoc_id], state.audio)
+    asked, said, truth = (plain(words, 60) for words in (row["prompt"], tokenizer.decode(answer), row["answer"]))
     figure.suptitle(f"{plain(Path(run).name)}: asked “{asked}”, it says “{said}” (true: “{truth}”)", fontsize=13)
-    return save(figure, run)
+    return save(figure, Path(run) / "report.png")

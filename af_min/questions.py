@@ -121,13 +121,9 @@ def dialogue(events: list[Event], rng: np.random.Generator) -> list[dict]:
     """Two to four turns; "it" is the sound that was named last."""
     turns, unique = [], once(events)
     start = int(rng.integers(3))
-    if start == 0:
-        at, question = 0, "what is the first sound?"
-    elif start == 1:
-        at, question = len(events) - 1, "what is the last sound?"
-    else:
+    if start == 2:
         turns.append(("how many sounds are there?", NUMBERS[len(events)]))
-        at, question = 0, "which comes first?"
+    at, question = [(0, "what is the first sound?"), (len(events) - 1, "what is the last sound?"), (0, "which comes first?")][start]
     turns.append((question, events[at].name))
     for _ in range(int(rng.integers(1, 4))):
         choices = []

@@ -66,6 +66,13 @@ class Heard:
     windows_WD: np.ndarray                 # (W, D) float16, what a Store would hold
 
 
+def chosen_device(asked: str) -> str:
+    """--device auto, cpu or cuda -> cpu or cuda. UserError for a GPU that is not there."""
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: no GPU is visible to torch; use --device cpu")
+    return "cuda" if asked != "cpu" and torch.cuda.is_available() else "cpu"
+
+
 def hear(model: AudioFlamingo, path, start: float = 0.0) -> Heard:
     """Read and encode one file from second `start` on. AudioError (a UserError) names what is wrong with it."""
     config = model.config.audio
@@ -200,6 +207,13 @@ class Library:
         rows = self.rows[self.places[n]]
         return next((row for row in rows if row["prompt"].lower() == prompt.lower()), rows[0])
 
+    def with_shots(self, rows: list[dict], store: Store, k: int, choice: str, seed: int = 0) -> list[dict]:
+        """Each row, whose recordings `store` holds, with k examples before it, the nearest last."""
+        places = sorted({(row["audio"], row["start"]) for row in rows})
+        vectors_QD = np.stack([pooled(store[place]) for place in places])
+        chosen = dict(zip(places, self.choose([store.keys[place] for place in places], vectors_QD, k, choice, seed)))
+        return [{**row, "shots": [self.example(n, row["prompt"]) for n in reversed(chosen[row["audio"], row["start"]])]} for row in rows]
+
     def own_copy(self, heard: Heard) -> str | None:
         """The key of this very recording in a data set that was imported from it (folder.py), whatever its file was."""
         for store in {id(store): store for store, _ in self.stored}.values():
@@ -224,25 +238,19 @@ def interleaved(model: AudioFlamingo, rows: list[dict], args: Args) -> list[dict
         library = Library(model, [args.data], task, stores=stores, device=args.device)
         store, = stores.values()
         group = [row for row in rows if row["task"] == task]
-        places = sorted({(row["audio"], row["start"]) for row in group})
-        keys, vectors_QD = [store.keys[p] for p in places], np.stack([pooled(store[p]) for p in places])
         for choice in args.shots_from:
-            chosen = dict(zip(places, library.choose(keys, vectors_QD, args.shots, choice, args.seed)))
-            for row in group:
-                numbers = chosen[row["audio"], row["start"]][:int(rng.integers(1, args.shots + 1))]
-                shots = [{**library.example(n, row["prompt"]), "audio": library.stored[n][1][0]} for n in reversed(numbers)]
-                out.append({**row, "shots": shots, "retrieved": choice})
+            for row in library.with_shots(group, store, args.shots, choice, args.seed):
+                shots = [{**shot, "audio": Path(shot["audio"]).relative_to(args.data).as_posix()} for shot in row["shots"]]
+                out.append({**row, "shots": shots[-int(rng.integers(1, args.shots + 1)):], "retrieved": choice})
     return out
 
 
 def main() -> None:
     args = cli.parse(Args, description=__doc__)
     cli.at_least(args, shots=0, rows=0, seed=0)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: no GPU is visible to torch; use --device cpu")
-    folder = Path(args.data)
+    where, folder = chosen_device(args.device), Path(args.data)
     manifest.read_card(folder)
-    world = World.start() if "RANK" in os.environ else World(0, 1, torch.device(args.device))
+    world = World.start() if "RANK" in os.environ else World(0, 1, torch.device(where))
     model, _ = checkpoint.load_run(Path(args.run), str(world.device))
     if args.shots >= model.config.representation.max_audios:
         raise UserError(f"--shots {args.shots}: this model takes {model.config.representation.max_audios} audios, "

@@ -9,7 +9,8 @@ texture is a scene of unnamed sounds that only the window encoder's training hea
                              and no recording: text for the language model alone. Glossary: likewise
     RollCall                 many questions in a row that take finding a named sound, for the stages lm and pretrain
     Dialogue                 two to four turns, in which "it" is the sound named last
-    FewShot                  clips named with made-up words: only the shots tell which word is which sound
+    FewShot, Pool            clips named with made-up words: only the shots tell which word is which sound
+    AudioClassification      clips, four names to choose from (training only)
 
 Made-up words of the test split and six sound classes occur nowhere in training. Where an answer could be had by a shortcut the
 test is built against it: answers are balanced, "what comes after X" has neither the first nor the last sound as its answer.
@@ -31,6 +32,7 @@ import numpy as np
 from .questions import (LENGTH, PITCH, QUESTIONS, WINDOW, Event, description, dialogue, draw_names, glossary, interview, made_up_word,
                         roll_call, told_scene, window_text)
 from .synth import CLASSES, RATE, TRAIN_CLASSES, Patch, describe, random_patch, render
+from .text import question
 
 MAX_SECONDS = 5.3           # of a scene: 33 windows of 0.6 s, 0.15 s apart, reach 5.4 s
 TOLD = 100                  # rows without a recording that one job makes
@@ -161,14 +163,20 @@ def texture_rows(writer: Writer, index: int) -> list[dict]:
     return window_rows(writer.save(f"texture-{index:05d}", wave), events, 4, rng)
 
 
+def by(name: str, rows: list[dict]) -> dict[str, list[dict]]:
+    """Rows in groups of the same `name`."""
+    groups = defaultdict(list)
+    for row in rows:
+        groups[row[name]].append(row)
+    return groups
+
+
 def balanced(rows: list[dict], count: int, rng: np.random.Generator, even: bool) -> list[dict]:
     """`count` rows, at most; with `even`, as many of each answer."""
     rows = [rows[i] for i in rng.permutation(len(rows))]
     if not even:
         return rows[:count]
-    groups = defaultdict(list)
-    for row in rows:
-        groups[row["answer"]].append(row)
+    groups = by("answer", rows)
     each = min(min(map(len, groups.values())), -(-count // len(groups)))
     return [row for answer in sorted(groups) for row in groups[answer][:each]]
 
@@ -195,11 +203,7 @@ def record(writer: Writer, job: tuple) -> list[dict]:
 
 def example_rows(rows: list[dict], count: int, rng: np.random.Generator) -> list[dict]:
     """Questions about scenes with one to four other scenes, asked the same, before them: the form of `sample.py --shots`."""
-    groups = defaultdict(list)
-    for row in rows:
-        if row["task"] in ("AudioCaptioning", "Count"):
-            groups[row["task"]].append(row)
-    out = []
+    groups, out = by("task", rows), []
     for number in range(count):
         group = groups["Count" if number % 3 == 2 else "AudioCaptioning"]
         *shots, row = (group[i] for i in rng.choice(len(group), int(rng.integers(2, 6)), replace=False))
@@ -207,29 +211,19 @@ def example_rows(rows: list[dict], count: int, rng: np.random.Generator) -> list
     return out
 
 
-def pool_rows(clips: dict[str, list[dict]], split: str, count: int, rng: np.random.Generator) -> list[dict]:
-    """Queries with a pool of twelve named clips, one a class, to draw shots from: eleven of the twelve are distractors."""
-    rows = []
-    for _ in range(count):
-        drawn = [str(n) for n in rng.choice(list(clips), 12, replace=False)]
-        row = episode(clips, drawn, 0, split, rng)
-        rows.append({**{k: v for k, v in row.items() if k != "shots"}, "task": "Pool", "pool": row["shots"]})
-    return rows
-
-
 def held_out(questions: list[dict], clips: dict[str, list[dict]], split: str, count: int, rng: np.random.Generator) -> list[dict]:
-    """At most `count` rows of every task: balanced questions, dialogues, few-shot episodes of 4 classes, pools."""
-    tasks = defaultdict(list)
-    for row in questions:
-        tasks[row["task"]].append(row)
+    """At most `count` rows of every task: balanced questions, dialogues, few-shot episodes of 4 classes, and pools to draw shots from:
+    twelve named clips, one a class, of which eleven are distractors."""
     even = {"Presence", "Count", "CountOf", "Pitch", "Length"}
-    rows = [r for task in tasks for r in balanced(tasks[task], count, rng, task in even)]
-    for task, seen in (("FewShotSeen", True), ("FewShotUnseen", False)):
-        classes = [name for name in clips if (name in TRAIN_CLASSES) == seen]
+    rows = [r for task, of_task in by("task", questions).items() for r in balanced(of_task, count, rng, task in even)]
+    seen, unseen = ([name for name in clips if (name in TRAIN_CLASSES) == known] for known in (True, False))
+    for task, classes, ways in (("FewShotSeen", seen, 4), ("FewShotUnseen", unseen, 4), ("Pool", list(clips), 12)):
         for _ in range(count):
-            names = [str(n) for n in rng.choice(classes, 4, replace=False)]
-            rows.append({**episode(clips, names, 0, split, rng), "task": task})
-    return rows + pool_rows(clips, split, count, rng)
+            names = [str(n) for n in rng.choice(classes, ways, replace=False)]
+            rows.append(episode(clips, names, 0, split, rng) | {"task": task})
+            if task == "Pool":
+                rows[-1]["pool"] = rows[-1].pop("shots")
+    return rows
 
 
 def build(folder: Path, seed: int = 0, sizes: Sizes = Sizes(), progress=lambda rows: rows) -> dict[str, list[dict]]:
@@ -259,7 +253,7 @@ def build(folder: Path, seed: int = 0, sizes: Sizes = Sizes(), progress=lambda r
         ways = int(rng.integers(2, 6))
         names = [str(n) for n in rng.choice(list(pool), ways, replace=False)]
         rows["train"].append(episode(pool, names, int(rng.integers(0, 9 - ways)), "train", rng))
-    rows["train"] += [{**clip, "task": "AudioClassification", "prompt": options_prompt(name, rng), "answer": name}
+    rows["train"] += [{**clip, **question("AudioClassification", "classify this sound.", options(name, rng)), "answer": name}
                       for name, of_name in clips["train", "named"].items() for clip in of_name]
     rows["train"] += [row for job in told for row in made[job]]
     rows["val"] = held_out(rows["val"], clips["val", "all"], "val", sizes.val_items, rng)
@@ -267,8 +261,7 @@ def build(folder: Path, seed: int = 0, sizes: Sizes = Sizes(), progress=lambda r
     return rows
 
 
-def options_prompt(answer: str, rng: np.random.Generator) -> str:
-    """A closed-set question in the paper's form: four options, the answer among them."""
+def options(answer: str, rng: np.random.Generator) -> list[str]:
+    """Four classes, the answer among them."""
     others = rng.choice([n for n in TRAIN_CLASSES if n != answer], 3, replace=False)
-    options = [str(n) for n in rng.permutation([answer, *others])]
-    return "classify this sound.\noptions:\n" + "\n".join(f" - {o}." for o in options)
+    return [str(n) for n in rng.permutation([answer, *others])]

@@ -31,8 +31,8 @@ def by_task(rows: Iterable[dict], items: int = 0) -> dict[str, list[dict]]:
     return {task: [rows[i * len(rows) // counts[task]] for i in range(counts[task])] for task, rows in sorted(tasks.items())}
 
 
-def dialogue_items(rows: list[dict], ask: Ask) -> Iterator[tuple[dict, str]]:
-    """Second and later turns, the model's own earlier answers before them: (row with "prompt" and the right "answer", its answer)."""
+def dialogue_items(rows: list[dict], ask: Ask, first: int = 1) -> Iterator[tuple[dict, str]]:
+    """Turns from number `first` on, the model's own answers before them: (row with "prompt" and the right "answer", its answer)."""
     said: list[list[str]] = [[] for _ in rows]
     for turn in range(max(len(r["turns"]) for r in rows)):
         live = [i for i, r in enumerate(rows) if len(r["turns"]) > turn]
@@ -40,23 +40,17 @@ def dialogue_items(rows: list[dict], ask: Ask) -> Iterator[tuple[dict, str]]:
             {"user": t["user"], "assistant": s} for t, s in zip(rows[i]["turns"], [*said[i], ""])]} for i in live]
         for i, row, answer in zip(live, asked, ask(asked)):
             said[i].append(answer or "?")
-            if turn:
+            if turn >= first:
                 yield {**row, "prompt": row["turns"][-1]["user"], "answer": rows[i]["turns"][turn]["assistant"]}, answer
 
 
 def with_pool_shots(rows: list[dict], store: Store, how: str, shots: int = 4, seed: int = 0) -> list[dict]:
     """Rows with a pool -> rows with the `shots` pool recordings nearest to the query, nearest last, or as many at random."""
-    def vector(row):
-        return retrieval.pooled(store[row["audio"], row["start"]])
-
     out, rng = [], random.Random(seed)
     for row in rows:
-        pool = row["pool"]
-        if how == "random":
-            chosen = rng.sample(pool, shots)
-        else:
-            near = retrieval.nearest(vector(row), np.stack([vector(p) for p in pool]), shots)
-            chosen = [pool[i] for i in reversed(near)]
+        *vectors, query = (retrieval.pooled(store[part["audio"], part["start"]]) for part in [*row["pool"], row])
+        chosen = rng.sample(row["pool"], shots) if how == "random" else \
+            [row["pool"][i] for i in reversed(retrieval.nearest(query, np.stack(vectors), shots))]
         out.append({**{k: v for k, v in row.items() if k != "pool"}, "shots": chosen})
     return out
 
@@ -155,11 +149,8 @@ def table(results: list[dict], head: str, line: str) -> str:
 def transcript(ask: Ask, test: list[dict]) -> str:
     """One dialogue, in which the model's own answers stand, and one few-shot episode, beside the right answers."""
     row = next(r for r in test if r["task"] == "Dialogue" and len(r["turns"]) >= 3)
-    turns, lines = [], [f"A dialogue about {row['audio']} ({row['description']}):"]
-    for turn in row["turns"]:
-        answer = ask([{**row, "turns": [*turns, {**turn, "assistant": ""}]}])[0]
-        turns.append({"user": turn["user"], "assistant": answer or "?"})
-        lines.append(f"    {turn['user']:34s} {answer:12s} (right: {turn['assistant']})")
+    lines = [f"A dialogue about {row['audio']} ({row['description']}):"]
+    lines += [f"    {turn['prompt']:34s} {said:12s} (right: {turn['answer']})" for turn, said in dialogue_items([row], ask, first=0)]
     row = next(r for r in test if r["task"] == "FewShotUnseen")
     lines.append("A few-shot episode, made-up words for sounds that no stage of training has heard:")
     lines += [f"    {s['audio']:34s} {s['answer']}" for s in row["shots"]]

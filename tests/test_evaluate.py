@@ -1,5 +1,6 @@
 """evaluate.py: what the table says follows from the answers in the file; interrupted or not, batched or not."""
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -150,6 +151,14 @@ def test_shots_come_from_training_rows_of_the_task_and_rows_keep_their_own(comma
     assert ("AudioCaptioning", "2 random", "CIDEr-D") in saved(place)
 
 
+def test_a_data_set_whose_questions_can_have_no_shots_is_named(command, place):
+    shutil.copytree(place / "data/mixed", place / "data/talk")
+    for split in manifest.SPLITS:
+        manifest.write_rows(place / f"data/talk/{split}.jsonl", [r for r in manifest.read_rows(place / f"data/mixed/{split}.jsonl") if "turns" in r])
+    code, _, err = command("--no-swapped", "--dataset", "talk", "--shots", "2")
+    assert code == 2 and err.splitlines()[-1].startswith("error: --shots: data/talk: no question there can have examples")
+
+
 def test_batches_answer_as_single_questions_do_and_likelihoods_too(model, tokenizer, place):
     store = Store(place / "data/mixed", model.encoder, model.config.audio, model.config.clap.out_width)
     tasks = evaluate.questions(manifest.read_rows(place / "data/mixed/test.jsonl"))
@@ -219,6 +228,12 @@ def test_the_embedded_sets_table_has_its_rows_and_goes_on_where_it_stopped(scene
         assert sorted(path.read_text().splitlines()) == sorted(whole.splitlines())
     assert (tmp_path / "run/report.png").exists() and json.loads((tmp_path / "run/scores.json").read_text()) == results
     assert "swapped" in capsys.readouterr().out
+
+
+def test_a_flag_that_the_embedded_sets_table_does_not_take_is_heeded(scenes_data, model, micro_config, tokenizer, tmp_path, run_command):
+    checkpoint.save_run(tmp_path / "run", model, micro_config, tokenizer, {})
+    code, out, _ = run_command(evaluate.main, "--run", tmp_path / "run", "--dataset", scenes_data, "--items", 1, "--max-new", 2, "--no-swapped")
+    assert code == 0 and "at most 2 tokens" in out and not list((tmp_path / "run").glob("*swapped*"))
 
 
 def test_every_item_is_swapped_with_another_recording():

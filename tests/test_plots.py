@@ -148,9 +148,9 @@ def test_a_report_is_one_picture_of_a_run(micro_config, tokenizer, folder, tmp_p
 
 def test_a_data_set_without_few_shot_rows_or_long_scenes_still_gives_rows_to_draw():
     rows = [{"audio": "a", "task": "AQA", "prompt": "p", "answers": ["x", "y"]}, {"audio": "b", "task": "AQA", "prompt": "p", "answer": "z"}]
-    assert plots.scene_row(rows) is rows[0]
-    row = plots.few_shot_row(rows)
+    assert plots.scene_row(plots.questions(rows))["audio"] == "a"
+    row = plots.few_shot_row(plots.questions(rows))
     assert row["answer"] == "z" and [shot["answer"] for shot in row["shots"]] == ["x"]
     talk = [{"audio": "a", "task": "Dialogue", "turns": [{"user": "what?", "assistant": "bell"}, {"user": "high?", "assistant": "no"}]}]
-    for row in (plots.scene_row(talk), plots.few_shot_row(talk)):
+    for row in (plots.scene_row(plots.questions(talk)), plots.few_shot_row(plots.questions(talk))):
         assert (row["prompt"], row["answer"], len(row["turns"]), row.get("shots", [])) == ("what?", "bell", 1, [])

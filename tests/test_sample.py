@@ -49,6 +49,7 @@ def place(tmp_path_factory, model, config, tokenizer):
         wave = np.sin(2 * np.pi * 250 * 2 ** n * np.arange(round(RATE * seconds)) / RATE)
         soundfile.write(place / f"{name}.wav", 0.4 * wave + 0.1 * rng.standard_normal(len(wave)), RATE)
     (place / "data" / "audio").mkdir(parents=True)
+    (place / "folder.png").mkdir()
     rows = []
     for n in range(5):
         soundfile.write(place / f"data/audio/{n}.wav", 0.3 * rng.standard_normal(RATE // 2 * (n + 1)), RATE)
@@ -269,25 +270,24 @@ def test_chat_reads_lines_until_exit(command):
 # ---------------------------------------------------------------------- printing
 
 @pytest.mark.parametrize("words", ["bell then dog", "é☃\n日本 dog  x", " a"])
-def test_streamed_words_are_the_decoded_answer_and_whole_characters(tokenizer, words):
-    shown = []
-    printer = sample.Printer(tokenizer, shown.append)
+def test_streamed_words_are_the_decoded_answer_and_whole_characters(tokenizer, words, capsys):
+    printer, shown = sample.Printer(tokenizer), []
     for token in tokenizer.encode(words) + [tokenizer.eoc_id]:
         printer(token)
-        assert "\ufffd" not in "".join(shown)
+        shown.append(capsys.readouterr().out)
+    assert "\ufffd" not in "".join(shown)
     printer.close()
-    assert "".join(shown) == tokenizer.decode(tokenizer.encode(words))
-    assert len(shown) > 1 or words == " a"
+    assert "".join(shown) + capsys.readouterr().out == tokenizer.decode(tokenizer.encode(words))
+    assert sum(map(bool, shown)) > 1 or words == " a"
 
 
-def test_half_a_character_is_shown_only_when_nothing_follows(tokenizer):
-    shown = []
-    printer = sample.Printer(tokenizer, shown.append)
+def test_half_a_character_is_shown_only_when_nothing_follows(tokenizer, capsys):
+    printer = sample.Printer(tokenizer)
     for token in tokenizer.encode("☃")[-3:-1]:
         printer(token)
-    assert shown == []
+    assert capsys.readouterr().out == ""
     printer.close()
-    assert "\ufffd" in "".join(shown)
+    assert "\ufffd" in capsys.readouterr().out
 
 
 def test_answers_go_to_standard_output_and_what_was_measured_to_standard_error(command, model):
@@ -339,7 +339,7 @@ def test_typed_special_tokens_are_text(model, tokenizer, place):
     (["--audio", "dog.wav", "--shot", "none.wav", "x"], "none.wav: missing"), (["--audio", "dog.wav", "--shots", "9"], "9 audios at most"),
     (["--audio", "dog.wav", "--shots", "6"], "--shots 6: there are only 5 other recordings of the task AudioCaptioning"), (["--audio", "dog.wav", "--shots", "1", "--task", "Nope"], "Nope"),
     (["--audio", "dog.wav", "--shots", "1", "--data", "nowhere"], "nowhere: no prepared data set"),
-    (["--audio", "dog.wav", "--plot", "out.txt"], "must end with"), (["--audio", "dog.wav", "--plot", "nowhere/out.png"], "no such folder"),
+    *((["--audio", "dog.wav", "--plot", path], f"--plot {path}: expected") for path in ("out.txt", "nowhere/out.png", "folder.png")),
 ])
 def test_a_mistake_is_one_line_and_exit_code_2(command, argv, told):
     code, out, err = command(*argv)
