@@ -91,7 +91,7 @@ def check(args: Args) -> None:
     need(not args.options or len(set(args.choices)) == len(args.choices) >= 2,
          f"--options {args.options!r}: expected two or more different answers with commas between them")
     need(len(args.audio) == 1 or not (args.chat or args.plot), f"--chat and --plot take one recording, got {len(args.audio)}")
-    for name in ("prompt", "options", "shots", "shot", "plot"):
+    for name in ("prompt", "options", "shots", "shot", "plot", "task", "data"):
         need(not args.chat or getattr(args, name) in (getattr(Args, name, None), []), f"--chat and --{name} do not go together")
     if args.plot:
         from af_min import plots  # matplotlib is slow to import

@@ -25,7 +25,7 @@ from . import checkpoint, cli, manifest, plots
 from .clap import TextTower
 from .cli import UserError, flag
 from .config import Config
-from .data import padded, recordings
+from .data import padded
 from .scores import swapped
 from .store import Store
 
@@ -97,6 +97,7 @@ def draw(path: Path, own: np.ndarray, other: np.ndarray, threshold: float) -> No
 
 def main() -> None:
     args = cli.parse(Args, description=__doc__)
+    cli.at_least(args, threshold=-1)
     folder, run = Path(args.data), Path(args.run)
     manifest.read_card(folder)
     model, tokenizer = checkpoint.load_run(run)
@@ -108,7 +109,7 @@ def main() -> None:
     if not dialogues:
         raise UserError(f"{folder}: no training row is a dialogue (\"turns\") about a recording: nothing to filter")
     store = Store(folder, model.encoder, model.config.audio, model.config.clap.out_width)
-    store.add(recordings(dialogues), "encoding")
+    store.add(manifest.recordings(dialogues), "encoding")
     own, other = similarities(tower, tokenizer, store, dialogues)
     flat_own, flat_other = np.concatenate(own), np.concatenate(other)
     draw(picture, flat_own, flat_other, args.threshold)

@@ -77,8 +77,8 @@ def test_turns_below_the_threshold_go_and_nothing_else_does(command, place):
 
 
 def test_mistakes_are_named_and_change_nothing(command, place):
-    for flags, says in ((["--plot", "x.txt"], "--plot x.txt"), (["--data", str(place[0])], "no prepared data set"),
-                        (["--run", "none"], "none: no trained model")):
+    for flags, says in ((["--plot", "x.txt"], "--plot x.txt"), (["--threshold", "nan"], "--threshold nan: expected -1"),
+                        (["--data", str(place[0])], "no prepared data set"), (["--run", "none"], "none: no trained model")):
         (_, said), _ = command(*flags)
         assert said.startswith("error: ") and says in said
     (_, said), rows = command("--threshold", "0.9999")

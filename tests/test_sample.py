@@ -334,6 +334,7 @@ def test_typed_special_tokens_are_text(model, tokenizer, place):
     (["--audio", "dog.wav", "--options", f"dog,{'horn then dog ' * 300}"], "does not fit"),
     (["--audio", "dog.wav", "--prompt", "bell " * 600], "tokens long"),
     (["--audio", "dog.wav", "bell.wav", "--chat"], "--chat and --plot take one recording"),
+    (["--audio", "dog.wav", "--chat", "--task", "AQA"], "--chat and --task"),
     (["--audio", "dog.wav", "--chat", "--options", "a,b"], "--chat and --options"), (["--audio", "x", "--chat", "--prompt", "y"], "--chat and --pr"),
     (["--audio", "dog.wav", "--shots", "2", "--shot", "bell.wav", "x"], "use one of the two"),
     (["--audio", "dog.wav", "--shot", "none.wav", "x"], "none.wav: missing"), (["--audio", "dog.wav", "--shots", "9"], "9 audios at most"),
