@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, get_state_dict, set_optimizer_state_dict
@@ -71,7 +71,13 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def read_tensors(path: Path, device="cpu") -> dict[str, torch.Tensor]:
-    return {name: entry.read().to(device) for name, entry in open_file(path).items()}
+    """All of a file, memory-mapped: what is copied into a module or to a GPU takes no memory of its own."""
+    try:
+        return load_file(path, device=str(device))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except SafetensorError as error:
+        raise UserError(f"{path}: not a whole safetensors file ({error}); copy or write it again") from None
 
 
 def load_strictly(module: nn.Module, tensors: dict[str, torch.Tensor], where) -> None:
