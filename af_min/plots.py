@@ -243,6 +243,7 @@ def losses(run: Path) -> None:
 
 
 def save(figure, path: Path, dpi: int = 110) -> Path:
+    path = path.resolve()                      # a link stays: what it points to is replaced
     partial = path.with_name(f".{path.stem}.partial{path.suffix}")
     figure.savefig(partial, dpi=dpi)
     plt.close(figure)

@@ -161,3 +161,9 @@ def test_examples_that_together_are_longer_than_the_model_holds_are_drawn(micro_
     monkeypatch.setattr(manifest, "read_rows", lambda path: rows)
     model = make_model(dataclasses.replace(micro_config, lm=dataclasses.replace(micro_config.lm, positions="rope")))
     assert plots.report(tmp_path, model, tokenizer, folder).exists()
+
+
+def test_a_picture_behind_a_link_is_written_where_the_link_points(tmp_path):
+    (tmp_path / "link.png").symlink_to(tmp_path / "real.png")
+    plots.save(plt.figure(), tmp_path / "link.png")
+    assert (tmp_path / "link.png").is_symlink() and image.imread(tmp_path / "real.png").size
