@@ -77,7 +77,7 @@ def open_file(path: Path) -> dict[str, Entry]:
 
 def open_safetensors(path: Path) -> dict[str, Entry]:
     try:
-        with safe_open(path, "pt"):                                  # looks whether header and size fit together
+        with safe_open(path, "np"):              # looks whether header and size fit together; "pt" would reserve memory for all of it
             pass
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: not a whole safetensors file ({error}); copy or download it again") from None

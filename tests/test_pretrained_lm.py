@@ -182,6 +182,14 @@ def test_what_a_file_is_does_not_hang_on_the_length_of_its_header(tmp_path, suff
     assert open_file(tmp_path / "old.bin")["x"].read().tolist() == [0, 1, 2]
 
 
+def test_a_file_that_is_larger_than_memory_is_opened(tmp_path):
+    header = json.dumps({"a": {"dtype": "F32", "shape": [1 << 38], "data_offsets": [0, 1 << 40]}}).encode()
+    with open(tmp_path / "x.safetensors", "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + (1 << 40))                   # 1 TB of nothing
+    assert open_file(tmp_path / "x.safetensors")["a"].shape == (1 << 38,)
+
+
 def test_damaged_files_are_named(llama, tmp_path):
     folder, state, _ = llama
     path = folder / "model.safetensors"
