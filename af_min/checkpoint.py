@@ -119,8 +119,8 @@ def save_run(run: Path, model: nn.Module, config: Config, tokenizer: Tokenizer, 
 
 
 def load_run(run: Path, device="cpu") -> tuple[AudioFlamingo, Tokenizer | PublishedTokenizer]:
-    """The model, for answering, and its tokenizer. Weights keep their dtype; one at a time is read, into its place. UserError names the
-    file that is missing or damaged."""
+    """The model, for answering, and its tokenizer. One weight at a time is read, into its place, as float32 or, built on published weights,
+    in its own dtype. UserError names the file that is missing or damaged."""
     run = Path(run)
     path = run / "model.safetensors"
     if not path.exists():
@@ -129,7 +129,8 @@ def load_run(run: Path, device="cpu") -> tuple[AudioFlamingo, Tokenizer | Publis
     with parameters_on_meta():
         model = AudioFlamingo(load_config(run))
     shapes = shapes_of(model)
-    tensors = read_table(open_file(path), {name: name for name in shapes}, shapes, str(path), f"the model of {run / 'config.json'}")
+    tensors = read_table(open_file(path), {name: name for name in shapes}, shapes, str(path), f"the model of {run / 'config.json'}",
+                         None if (run / IDS_FILE).exists() else torch.float32)
     model.load_state_dict(tensors, assign=True)
     return model.to(device).eval(), load_tokenizer(run)
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 import micro
 from af_min import checkpoint, engine, muon
 from af_min.cli import UserError
+from af_min.flamingo import AudioFlamingo
 from training import ROOT, STAGES, log, losses, spawn, train, weights
 
 
@@ -239,6 +240,11 @@ def test_a_file_has_its_name_only_when_it_is_whole(tmp_path):
     with pytest.raises(TypeError):
         checkpoint.write_json(tmp_path / "a.json", {"x": {1, 2}})
     assert torch.equal(load_file(tmp_path / "a.safetensors")["x"], torch.ones(3)) and json.loads((tmp_path / "a.json").read_text()) == {"x": 1}
+
+
+def test_a_run_whose_weights_somebody_has_halved_is_opened_as_float32(tmp_path, micro_config, tokenizer):
+    checkpoint.save_run(tmp_path, AudioFlamingo(micro_config).bfloat16(), micro_config, tokenizer, {})
+    assert {weight.dtype for weight in checkpoint.load_run(tmp_path)[0].parameters()} == {torch.float32}
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells there what memory is a process's own")
