@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, get_state_dict, set_optimizer_state_dict
@@ -71,7 +71,13 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def read_tensors(path: Path, device="cpu") -> dict[str, torch.Tensor]:
-    return {name: entry.read().to(device) for name, entry in open_file(path).items()}
+    """All of a file, memory-mapped: what is copied into a module or to a GPU takes no memory of its own."""
+    try:
+        return load_file(path, device=str(device))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except SafetensorError as error:
+        raise UserError(f"{path}: not a whole safetensors file ({error}); copy or write it again") from None
 
 
 def load_strictly(module: nn.Module, tensors: dict[str, torch.Tensor], where) -> None:
@@ -113,8 +119,8 @@ def save_run(run: Path, model: nn.Module, config: Config, tokenizer: Tokenizer, 
 
 
 def load_run(run: Path, device="cpu") -> tuple[AudioFlamingo, Tokenizer | PublishedTokenizer]:
-    """The model, for answering, and its tokenizer. Weights keep their dtype; one at a time is read, into its place. UserError names the
-    file that is missing or damaged."""
+    """The model, for answering, and its tokenizer. One weight at a time is read, into its place, as float32 or, built on published weights,
+    in its own dtype. UserError names the file that is missing or damaged."""
     run = Path(run)
     path = run / "model.safetensors"
     if not path.exists():
@@ -123,7 +129,8 @@ def load_run(run: Path, device="cpu") -> tuple[AudioFlamingo, Tokenizer | Publis
     with parameters_on_meta():
         model = AudioFlamingo(load_config(run))
     shapes = shapes_of(model)
-    tensors = read_table(open_file(path), {name: name for name in shapes}, shapes, str(path), f"the model of {run / 'config.json'}")
+    tensors = read_table(open_file(path), {name: name for name in shapes}, shapes, str(path), f"the model of {run / 'config.json'}",
+                         None if (run / IDS_FILE).exists() else torch.float32)
     model.load_state_dict(tensors, assign=True)
     return model.to(device).eval(), load_tokenizer(run)
 

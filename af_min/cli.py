@@ -7,6 +7,7 @@ import ctypes
 import dataclasses
 import errno
 import gc
+import math
 import os
 import sys
 import textwrap
@@ -62,9 +63,9 @@ def parse(cls, description: str | None = None, saved: dict | None = None):
 
 
 def at_least(args, **limits: float) -> None:
-    """UserError for a number on the command line that is below its limit, or not a number."""
+    """UserError for a number on the command line that is below its limit, infinite or not a number."""
     for name, limit in limits.items():
-        if not getattr(args, name) >= limit:
+        if not limit <= getattr(args, name) < math.inf:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {limit} or more")
 
 

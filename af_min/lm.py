@@ -176,7 +176,8 @@ class LM(nn.Module):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
         self.norm = make_norm(config)
         self.head = None if config.tied_head else Linear(config.width, config.vocab_size, bias=False)
-        self.init_weights()
+        if not self.embed.weight.is_meta:              # there torch would compute with its compiler, and import it: pretrained_files.py
+            self.init_weights()
 
     @torch.no_grad()
     def init_weights(self) -> None:

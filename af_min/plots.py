@@ -20,7 +20,7 @@ warnings.filterwarnings("ignore", "Glyph .* missing from")       # a caption in 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-from . import answering, manifest
+from . import answering, data, manifest
 from .audio import count_windows
 from .cli import UserError
 from .config import AudioConfig
@@ -243,6 +243,7 @@ def losses(run: Path) -> None:
 
 
 def save(figure, path: Path, dpi: int = 110) -> Path:
+    path = path.resolve()                      # a link stays: what it points to is replaced
     partial = path.with_name(f".{path.stem}.partial{path.suffix}")
     figure.savefig(partial, dpi=dpi)
     plt.close(figure)
@@ -261,19 +262,21 @@ def report(run: Path, model: AudioFlamingo, tokenizer: Tokenizer, folder: Path) 
     left = left.subgridspec(2, 1)
     draw_losses(figure.add_subplot(left[0]), Path(run) / "log.jsonl")
 
-    def read(sample):
+    def listen(sample):
         heard = {place: hear(model, Path(folder) / place[0], place[1]) for place in sample.audios}
-        windows = {place: h.windows_WD for place, h in heard.items()}
-        return heard[sample.audios[-1]], *answering.read(model, tokenizer, [sample], windows, 40)
+        return heard[sample.audios[-1]], {place: h.windows_WD for place, h in heard.items()}
 
     row = few_shot_row(rows)
     sample = write_sample(tokenizer, row)
-    _, state, _ = read(sample)
-    draw_mask(figure.add_subplot(left[1]), model, sample.ids, state.audio, [part["answer"] for part in [*row["shots"], row]])
+    batch = data.collate([(sample, listen(sample)[1])], tokenizer.pad_id, model.config.clap.out_width).to(next(model.parameters()).device)
+    with torch.no_grad():                      # the text is not read: three rows one after the other may be more than the model holds
+        audio = model.listen(batch.windows_AWD, batch.n_windows_BN)
+    draw_mask(figure.add_subplot(left[1]), model, sample.ids, audio, [part["answer"] for part in [*row["shots"], row]])
 
     row = scene_row(rows)
     sample = write_sample(tokenizer, row, complete=False)
-    heard, state, logits_BV = read(sample)
+    heard, windows = listen(sample)
+    state, logits_BV = answering.read(model, tokenizer, [sample], windows, 40)
     answer = answering.answer(model, tokenizer, state, logits_BV, Sampling(), 40)[0]
     draw_answer(figure, right, model, tokenizer, heard, sample.ids, [t for t in answer if t != tokenizer.eoc_id], state.audio)
     asked, said, truth = (plain(words, 60) for words in (row["prompt"], tokenizer.decode(answer), row["answer"]))

@@ -154,3 +154,16 @@ def test_a_data_set_without_few_shot_rows_or_long_scenes_still_gives_rows_to_dra
     talk = [{"audio": "a", "task": "Dialogue", "turns": [{"user": "what?", "assistant": "bell"}, {"user": "high?", "assistant": "no"}]}]
     for row in (plots.scene_row(plots.questions(talk)), plots.few_shot_row(plots.questions(talk))):
         assert (row["prompt"], row["answer"], len(row["turns"]), row.get("shots", [])) == ("what?", "bell", 1, [])
+
+
+def test_examples_that_together_are_longer_than_the_model_holds_are_drawn(micro_config, tokenizer, folder, tmp_path, monkeypatch):
+    rows = [{**row, "answer": "bell " * 300} for row in manifest.read_rows(folder / "test.jsonl")[:3]]
+    monkeypatch.setattr(manifest, "read_rows", lambda path: rows)
+    model = make_model(dataclasses.replace(micro_config, lm=dataclasses.replace(micro_config.lm, positions="rope")))
+    assert plots.report(tmp_path, model, tokenizer, folder).exists()
+
+
+def test_a_picture_behind_a_link_is_written_where_the_link_points(tmp_path):
+    (tmp_path / "link.png").symlink_to(tmp_path / "real.png")
+    plots.save(plt.figure(), tmp_path / "link.png")
+    assert (tmp_path / "link.png").is_symlink() and image.imread(tmp_path / "real.png").size

@@ -3,12 +3,14 @@ import contextlib
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from safetensors.torch import load_file
 import micro
 from af_min import checkpoint, engine, muon
 from af_min.cli import UserError
+from af_min.flamingo import AudioFlamingo
 from training import ROOT, STAGES, log, losses, spawn, train, weights
 
 
@@ -237,6 +240,20 @@ def test_a_file_has_its_name_only_when_it_is_whole(tmp_path):
     with pytest.raises(TypeError):
         checkpoint.write_json(tmp_path / "a.json", {"x": {1, 2}})
     assert torch.equal(load_file(tmp_path / "a.safetensors")["x"], torch.ones(3)) and json.loads((tmp_path / "a.json").read_text()) == {"x": 1}
+
+
+def test_a_run_whose_weights_somebody_has_halved_is_opened_as_float32(tmp_path, micro_config, tokenizer):
+    checkpoint.save_run(tmp_path, AudioFlamingo(micro_config).bfloat16(), micro_config, tokenizer, {})
+    assert {weight.dtype for weight in checkpoint.load_run(tmp_path)[0].parameters()} == {torch.float32}
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells there what memory is a process's own")
+def test_a_checkpoint_is_mapped_until_it_is_copied_into_its_place(tmp_path):
+    def held():
+        return int(re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1e3
+    checkpoint.write_tensors(tmp_path / "a.safetensors", {"x": torch.ones(1 << 24)})
+    before, tensors = held(), checkpoint.read_tensors(tmp_path / "a.safetensors")
+    assert tensors["x"].sum() == 1 << 24 and held() - before < 30
 
 
 @pytest.mark.parametrize("tensors, says", [
