@@ -149,7 +149,7 @@ def draw_losses(axes, log: Path) -> None:
         loss = np.array([losses[step] for step in steps])
         at = first + np.array(steps)
         axes.plot(at, loss, color=colour, alpha=0.25, linewidth=0.8)
-        wide = min(SMOOTHING, len(loss))
+        wide = max(1, min(SMOOTHING, len(loss) // 4))              # of a short training the end alone, not all of it
         smooth = np.convolve(loss, np.ones(wide) / wide, "valid")
         axes.plot(at[wide - 1:], smooth, color=colour, linewidth=2, label=f"{stage}: ends at {smooth[-1]:.2f}")
         if first:

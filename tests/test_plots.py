@@ -137,6 +137,18 @@ def test_loss_curves_survive_a_resume_and_a_half_written_line(tmp_path):
     plt.close(figure)
 
 
+@pytest.mark.parametrize("steps, end", [(20, 2.0), (400, 19.5)])
+def test_the_smooth_curve_of_a_short_training_is_a_line_that_ends_where_the_loss_does(tmp_path, steps, end):
+    """The loss falls by one a step, to 0 at the last: the mean of the last quarter, of 40 steps at most."""
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps({"stage": "sft", "step": s, "loss": steps - 1.0 - s}) + "\n" for s in range(steps)))
+    figure, axes = plt.subplots()
+    plots.draw_losses(axes, tmp_path / "log.jsonl")
+    smooth = axes.lines[1]
+    assert len(smooth.get_xdata()) > steps / 2 and smooth.get_ydata()[-1] == pytest.approx(end)
+    assert f"ends at {end:.2f}" in smooth.get_label()
+    plt.close(figure)
+
+
 @pytest.mark.parametrize("pooled", [False, True], ids=["windows", "pooled"])
 def test_a_report_is_one_picture_of_a_run(micro_config, tokenizer, folder, tmp_path, pooled):
     model = make_model(dataclasses.replace(micro_config, pool_windows=pooled))
