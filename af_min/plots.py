@@ -130,7 +130,8 @@ def draw_attention(axes, c: AudioConfig, spoken: list[str], share: np.ndarray, t
         edges = c.window / 2 + c.hop * (np.arange(count + 1) - 0.5)
     picture = axes.pcolormesh(edges, np.arange(len(spoken) + 1), share, cmap="cividis", vmin=0,
                               vmax=max(share.max(), 2 / count))      # looking everywhere alike is a middle tone
-    axes.set_yticks(np.arange(len(spoken)) + 0.5, map(plain, spoken), fontsize=10 if len(spoken) <= 20 else 6)
+    named = range(0, len(spoken), -(-len(spoken) // 30) or 1)     # of many words some: there is room for 30
+    axes.set_yticks([n + 0.5 for n in named], [plain(spoken[n]) for n in named], fontsize=10 if len(spoken) <= 20 else 6)
     axes.set_ylim(len(spoken), 0)
     axes.set_xlabel("time (s); a cell is one window, drawn at its middle")
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold")

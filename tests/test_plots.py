@@ -98,6 +98,16 @@ def test_labels_are_short_and_never_formulas():
     assert plots.plain("caf\udce9") == "caf?"
 
 
+def test_names_of_many_words_do_not_overlap(micro_config):
+    figure, axes = plt.subplots(figsize=(9, 2.7))
+    plots.draw_attention(axes, micro_config.audio, [f"word{n}" for n in range(64)], np.full((64, 4), 0.25), "", 2.0)
+    figure.draw_without_rendering()
+    boxes = [label.get_window_extent() for label in axes.get_yticklabels()]
+    assert len(boxes) > 20 and all(above.y0 >= below.y1 for above, below in zip(boxes, boxes[1:]))
+    assert [label.get_text() for label in axes.get_yticklabels()][:2] == ["word0", "word3"]
+    plt.close(figure)
+
+
 SHARED = [[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 1, 1]]      # windows of audio 1, 1, 2; text 1 is 4 tokens, text 2 two
 
 
