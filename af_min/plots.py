@@ -9,6 +9,7 @@ Colours are the colour-blind-safe set of Okabe and Ito; heat maps are viridis an
 """
 from __future__ import annotations
 
+import contextlib
 import warnings
 from pathlib import Path
 
@@ -245,9 +246,15 @@ def losses(run: Path) -> None:
 
 def save(figure, path: Path, dpi: int = 110) -> Path:
     partial = path.with_name(f".{path.stem}.partial{path.suffix}")
-    figure.savefig(partial, dpi=dpi)
-    plt.close(figure)
-    return partial.replace(path)
+    try:
+        figure.savefig(partial, dpi=dpi)
+        return partial.replace(path)
+    except OSError as error:                                           # a full disk: name the picture, leave no half of it
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    finally:
+        plt.close(figure)
 
 
 def report(run: Path, model: AudioFlamingo, tokenizer: Tokenizer, folder: Path) -> Path:

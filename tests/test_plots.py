@@ -1,5 +1,6 @@
 """plots.py: the numbers behind the pictures, and that every picture is drawn."""
 import dataclasses
+import errno
 import json
 
 import numpy as np
@@ -166,6 +167,18 @@ def test_a_report_is_one_picture_of_a_run(micro_config, tokenizer, folder, tmp_p
     path = plots.report(tmp_path, model, tokenizer, folder)
     assert path == tmp_path / "report.png" and image.imread(path).shape[:2] == (990, 1760)
     assert image.imread(path).std() > 0.1 and not list(tmp_path.glob(".report*"))
+
+
+def test_a_picture_that_finds_the_disk_full_is_named_and_leaves_nothing(tmp_path):
+    figure = plt.figure()
+
+    def half(partial, dpi):
+        partial.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")     # as from a write: it names no file
+    figure.savefig = half
+    with pytest.raises(OSError) as error:
+        plots.save(figure, tmp_path / "x.png")
+    assert (error.value.errno, error.value.filename) == (errno.ENOSPC, str(tmp_path / "x.png")) and not list(tmp_path.iterdir())
 
 
 def test_a_data_set_without_few_shot_rows_or_long_scenes_still_gives_rows_to_draw():
