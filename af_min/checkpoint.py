@@ -118,8 +118,10 @@ def load_run(run: Path, device="cpu") -> tuple[AudioFlamingo, Tokenizer | Publis
     run = Path(run)
     path = run / "model.safetensors"
     if not path.exists():
-        raise UserError(f"{run}: no trained model there (model.safetensors is missing); run `python train.py` first, "
-                        "or name its folder with --run")
+        begun = any((run / name).exists() for name in CHECKPOINTS)
+        way_out = f"go on with its training: `python train.py --name {run.name} --resume`" if begun else \
+            "run `python train.py` first, or name its folder with --run"
+        raise UserError(f"{run}: no trained model there (model.safetensors is missing); {way_out}")
     with parameters_on_meta():
         model = AudioFlamingo(load_config(run))
     shapes = shapes_of(model)
