@@ -48,7 +48,7 @@ class Args:
     task: str = flag("", "whose prefix begins the text, and which rows --shots takes (default: AudioCaptioning; AQA if the prompt "
                          "ends with a question mark)")
     options: str = flag("", "a,b,c: the only answers allowed; their probabilities are printed (the task AudioClassification also "
-                            "lists them in its prompt, as in training)")
+                            "lists them in its prompt, as the embedded and the public data sets do; a folder of your own does not)")
     shots: int = flag(0, "show so many training recordings with their answers first")
     shots_from: str = flag("nearest", "how they are chosen", choices=("nearest", "random"))
     data: list[str] = flag([], "prepared data sets that --shots come from (default: those that the run was trained on)", nargs="+")

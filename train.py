@@ -65,7 +65,7 @@ class Args:
     compile: bool = flag(False, "torch.compile the layers")
     pool_windows: bool = flag(False, "ablation: one mean vector an audio instead of its windows")
     checkpoint_every: int = flag(100, "steps from one checkpoint to the next")
-    evaluate: bool = flag(True, "score the result on the test split and draw report.png")
+    evaluate: bool = flag(True, "score the result on the test split (of several data sets the first one's) and draw report.png")
 
 
 def make_tokenizer(folders, vocab_size: int) -> text.Tokenizer:
@@ -199,7 +199,7 @@ def train(args: Args, world: World, folders, run: Path) -> None:
     with checkpoint.writing(run):
         if "clap" in stages:
             checkpoint.write_tensors(run / checkpoint.TEXT_TOWER, everything.text_tower.state_dict())
-        checkpoint.save_run(run, everything.model, config, tokenizer, {"args": asdict(args)})
+        checkpoint.save_run(run, everything.model, config, tokenizer, {"args": asdict(args) if lines else training_of(run)})
     print(f"{run}: " + footer(everything, lines, time.time() - started, world))
     if args.evaluate:
         everything = None                                          # scoring needs its memory

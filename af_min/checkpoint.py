@@ -48,13 +48,15 @@ os.umask(UMASK)
 
 
 @contextlib.contextmanager
-def writing(run: Path, advice: str = "the last checkpoint is whole: make room, then --resume") -> Iterator[None]:
+def writing(run: Path, advice: str = "") -> Iterator[None]:
     """A disk that is full, or that takes no more files for another reason, is told in one line."""
     try:
         yield
     except (OSError, SafetensorError, CheckpointException) as error:
         said = next((str(e) for e, _ in error.failures.values()), "") if isinstance(error, CheckpointException) else error
-        raise UserError(f"{run}: cannot be written ({said}); {advice}") from None
+        whole = any((run / name).exists() for name in CHECKPOINTS)
+        go_on = "the last checkpoint is whole: make room, then --resume" if whole else "make room, then start again"
+        raise UserError(f"{run}: cannot be written ({said}); {advice or go_on}") from None
 
 
 def write_json(path: Path, value) -> None:
@@ -124,8 +126,10 @@ def load_run(run: Path, device="cpu") -> tuple[AudioFlamingo, Tokenizer | Publis
     run = Path(run)
     path = run / "model.safetensors"
     if not path.exists():
-        raise UserError(f"{run}: no trained model there (model.safetensors is missing); run `python train.py` first, "
-                        "or name its folder with --run")
+        begun = any((run / name).exists() for name in CHECKPOINTS)
+        way_out = f"go on with its training: `python train.py --name {run.name} --resume`" if begun else \
+            "run `python train.py` first, or name its folder with --run"
+        raise UserError(f"{run}: no trained model there (model.safetensors is missing); {way_out}")
     with parameters_on_meta():
         model = AudioFlamingo(load_config(run))
     shapes = shapes_of(model)

@@ -18,6 +18,7 @@ import platform
 import signal
 import sys
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -105,6 +106,7 @@ def shard(everything: Everything, world: World, float32: bool) -> None:
     for block in m.xattn.values():
         split(block)
         register_fsdp_forward_method(block, "keys_values")
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")     # keys and values, which nothing changes in place
     for layer in [m.representation, *m.lm.layers]:
         split(layer)
     split(everything, ignored_params={*m.encoder.parameters(), *everything.text_tower.parameters(), everything.log_scale})

@@ -230,6 +230,8 @@ def report(run: Path, folders, items: int = 0, device: str = "auto") -> list:
         general(Args(run=str(run), dataset=str(folder), items=items, device=device))
     from . import plots  # matplotlib is slow to import, and only this function draws
     plots.report(run, *checkpoint.load_run(run), folder)
+    for other, _ in folders[1:]:
+        print(f"not scored: {other}; python -m af_min.evaluate --run {run} --dataset {other}")
     return results
 
 

@@ -258,7 +258,9 @@ def _store(path: Path, folder: Path, sample_rate: int, report: Report, name: str
         report.problems[f"what lies beyond {MAX_SECONDS:g} s of a recording"].append(f"{name} ({recording.dropped_seconds:.1f} s)")
     samples, content = stored_as(recording)
     if not (folder / f"{content}.flac").exists():
-        soundfile.write(folder / f"{content}.flac", samples, sample_rate, format="FLAC", subtype="PCM_16")
+        file = io.BytesIO()                                # of a full disk soundfile would say "System error" and no more
+        soundfile.write(file, samples, sample_rate, format="FLAC", subtype="PCM_16")
+        (folder / f"{content}.flac").write_bytes(file.getvalue())
     return {"content": content, "seconds": round(recording.seconds, 4)}
 
 

@@ -9,6 +9,7 @@ Colours are the colour-blind-safe set of Okabe and Ito; heat maps are viridis an
 """
 from __future__ import annotations
 
+import contextlib
 import warnings
 from pathlib import Path
 
@@ -130,7 +131,8 @@ def draw_attention(axes, c: AudioConfig, spoken: list[str], share: np.ndarray, t
         edges = c.window / 2 + c.hop * (np.arange(count + 1) - 0.5)
     picture = axes.pcolormesh(edges, np.arange(len(spoken) + 1), share, cmap="cividis", vmin=0,
                               vmax=max(share.max(), 2 / count))      # looking everywhere alike is a middle tone
-    axes.set_yticks(np.arange(len(spoken)) + 0.5, map(plain, spoken), fontsize=10 if len(spoken) <= 20 else 6)
+    named = range(0, len(spoken), -(-len(spoken) // 30) or 1)     # of many words some: there is room for 30
+    axes.set_yticks([n + 0.5 for n in named], [plain(spoken[n]) for n in named], fontsize=10 if len(spoken) <= 20 else 6)
     axes.set_ylim(len(spoken), 0)
     axes.set_xlabel("time (s); a cell is one window, drawn at its middle")
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
@@ -149,7 +151,7 @@ def draw_losses(axes, log: Path) -> None:
         loss = np.array([losses[step] for step in steps])
         at = first + np.array(steps)
         axes.plot(at, loss, color=colour, alpha=0.25, linewidth=0.8)
-        wide = min(SMOOTHING, len(loss))
+        wide = max(1, min(SMOOTHING, len(loss) // 4))              # of a short training the end alone, not all of it
         smooth = np.convolve(loss, np.ones(wide) / wide, "valid")
         axes.plot(at[wide - 1:], smooth, color=colour, linewidth=2, label=f"{stage}: ends at {smooth[-1]:.2f}")
         if first:
@@ -245,9 +247,15 @@ def losses(run: Path) -> None:
 def save(figure, path: Path, dpi: int = 110) -> Path:
     path = path.resolve()                      # a link stays: what it points to is replaced
     partial = path.with_name(f".{path.stem}.partial{path.suffix}")
-    figure.savefig(partial, dpi=dpi)
-    plt.close(figure)
-    return partial.replace(path)
+    try:
+        figure.savefig(partial, dpi=dpi)
+        return partial.replace(path)
+    except OSError as error:                                           # a full disk: name the picture, leave no half of it
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    finally:
+        plt.close(figure)
 
 
 def report(run: Path, model: AudioFlamingo, tokenizer: Tokenizer, folder: Path) -> Path:

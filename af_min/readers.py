@@ -293,7 +293,10 @@ def music_avqa(s: Source) -> Iterator[dict]:
 def dialogues(s: Source) -> Iterator[dict]:
     """Every .json: a list of {"audio", "turns": [{"user", "assistant"}, ...], "split"?}, or with the names that the dialogues of
     the released Audio Flamingo have: "audio_id" (or "name") and "dialogue"."""
-    for table in (name for name in s.paths if name.endswith(".json")):
+    tables = [name for name in s.paths if name.endswith(".json")]
+    if not tables:
+        s.report.problems["table that is not there"].append("a .json of dialogues")
+    for table in tables:
         items = s.json(table, [])
         for number, item in enumerate(items if isinstance(items, list) else [items]):
             item = item if isinstance(item, dict) else {}

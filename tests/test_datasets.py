@@ -126,6 +126,13 @@ def test_a_dialogue_is_about_the_recording_that_it_names_and_no_similar_one(tmp_
     assert report.problems["name that several recordings have"] == ["2.json item 1 (000)"]
 
 
+def test_recordings_without_a_json_of_dialogues_are_told_what_is_missing(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "x.wav").write_bytes(published.wav(0))
+    with pytest.raises(UserError, match="no usable recording .table that is not there: 1, e.g. a .json of dialogues"):
+        datasets.prepare("dialogues", tmp_path / "out", str(tmp_path / "in"), sample_rate=RATE)
+
+
 @pytest.mark.parametrize("name", datasets.TABLE)
 def test_the_published_layout_becomes_rows(prepared, name, tokenizer):
     out, report = prepared[name]

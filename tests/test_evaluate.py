@@ -230,6 +230,13 @@ def test_the_embedded_sets_table_has_its_rows_and_goes_on_where_it_stopped(scene
     assert "swapped" in capsys.readouterr().out
 
 
+def test_of_several_data_sets_those_that_are_not_scored_are_named(place, capsys):
+    folders = [(place / "data/mixed", 1.0), (place / "data/other", 2.0)]
+    assert evaluate.report(place / "runs/r", folders, items=1, device="cpu")
+    assert [line for line in capsys.readouterr().out.splitlines() if "not scored" in line] == [
+        f"not scored: {place}/data/other; python -m af_min.evaluate --run {place}/runs/r --dataset {place}/data/other"]
+
+
 def test_a_flag_that_the_embedded_sets_table_does_not_take_is_heeded(scenes_data, model, micro_config, tokenizer, tmp_path, run_command):
     checkpoint.save_run(tmp_path / "run", model, micro_config, tokenizer, {})
     code, out, _ = run_command(evaluate.main, "--run", tmp_path / "run", "--dataset", scenes_data, "--items", 1, "--max-new", 2, "--no-swapped")

@@ -4,6 +4,7 @@ import os
 import shutil
 import sys
 import unicodedata
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -368,6 +369,17 @@ def test_sixty_broken_tables_end_in_a_report_or_one_line(src, out):
             outcomes.add("refused")
         shutil.rmtree(out, ignore_errors=True)
     assert len(outcomes) == 3
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a file that takes nothing")
+def test_a_recording_that_finds_the_disk_full_is_the_systems_own_error(src, tmp_path, monkeypatch):
+    sound(src / "a.wav", 0)
+    monkeypatch.setattr(folder, "stored_as", lambda recording: (np.zeros(RATE, np.int16), "full"))
+    monkeypatch.setattr(Path, "exists", lambda path: False)
+    (tmp_path / "full.flac").symlink_to("/dev/full")
+    with pytest.raises(OSError) as error:
+        folder._store(src / "a.wav", tmp_path, RATE, folder.Report(), "a.wav")
+    assert error.value.errno == errno.ENOSPC
 
 
 @pytest.mark.parametrize("number, code", [(errno.ENOSPC, 2), (errno.EACCES, 2), (errno.EIO, None)])

@@ -1,5 +1,6 @@
 """plots.py: the numbers behind the pictures, and that every picture is drawn."""
 import dataclasses
+import errno
 import json
 
 import numpy as np
@@ -98,6 +99,16 @@ def test_labels_are_short_and_never_formulas():
     assert plots.plain("caf\udce9") == "caf?"
 
 
+def test_names_of_many_words_do_not_overlap(micro_config):
+    figure, axes = plt.subplots(figsize=(9, 2.7))
+    plots.draw_attention(axes, micro_config.audio, [f"word{n}" for n in range(64)], np.full((64, 4), 0.25), "", 2.0)
+    figure.draw_without_rendering()
+    boxes = [label.get_window_extent() for label in axes.get_yticklabels()]
+    assert len(boxes) > 20 and all(above.y0 >= below.y1 for above, below in zip(boxes, boxes[1:]))
+    assert [label.get_text() for label in axes.get_yticklabels()][:2] == ["word0", "word3"]
+    plt.close(figure)
+
+
 SHARED = [[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 1, 1]]      # windows of audio 1, 1, 2; text 1 is 4 tokens, text 2 two
 
 
@@ -137,6 +148,18 @@ def test_loss_curves_survive_a_resume_and_a_half_written_line(tmp_path):
     plt.close(figure)
 
 
+@pytest.mark.parametrize("steps, end", [(20, 2.0), (400, 19.5)])
+def test_the_smooth_curve_of_a_short_training_is_a_line_that_ends_where_the_loss_does(tmp_path, steps, end):
+    """The loss falls by one a step, to 0 at the last: the mean of the last quarter, of 40 steps at most."""
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps({"stage": "sft", "step": s, "loss": steps - 1.0 - s}) + "\n" for s in range(steps)))
+    figure, axes = plt.subplots()
+    plots.draw_losses(axes, tmp_path / "log.jsonl")
+    smooth = axes.lines[1]
+    assert len(smooth.get_xdata()) > steps / 2 and smooth.get_ydata()[-1] == pytest.approx(end)
+    assert f"ends at {end:.2f}" in smooth.get_label()
+    plt.close(figure)
+
+
 @pytest.mark.parametrize("pooled", [False, True], ids=["windows", "pooled"])
 def test_a_report_is_one_picture_of_a_run(micro_config, tokenizer, folder, tmp_path, pooled):
     model = make_model(dataclasses.replace(micro_config, pool_windows=pooled))
@@ -144,6 +167,18 @@ def test_a_report_is_one_picture_of_a_run(micro_config, tokenizer, folder, tmp_p
     path = plots.report(tmp_path, model, tokenizer, folder)
     assert path == tmp_path / "report.png" and image.imread(path).shape[:2] == (990, 1760)
     assert image.imread(path).std() > 0.1 and not list(tmp_path.glob(".report*"))
+
+
+def test_a_picture_that_finds_the_disk_full_is_named_and_leaves_nothing(tmp_path):
+    figure = plt.figure()
+
+    def half(partial, dpi):
+        partial.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")     # as from a write: it names no file
+    figure.savefig = half
+    with pytest.raises(OSError) as error:
+        plots.save(figure, tmp_path / "x.png")
+    assert (error.value.errno, error.value.filename) == (errno.ENOSPC, str(tmp_path / "x.png")) and not list(tmp_path.iterdir())
 
 
 def test_a_data_set_without_few_shot_rows_or_long_scenes_still_gives_rows_to_draw():

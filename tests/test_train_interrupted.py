@@ -1,5 +1,6 @@
 """checkpoint.py, train.py --resume: a kill at any moment costs nothing but time."""
 import contextlib
+import errno
 import json
 import os
 import random
@@ -71,7 +72,8 @@ def test_resuming_a_finished_run_changes_nothing(trained, scenes_data, tmp_path)
     train(tmp_path, scenes_data, "--name", "run", "--resume", "--batch", 6)
     before, after = (weights(r / "model.safetensors") for r in (trained[0], run))
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert (run / "log.jsonl").read_text() == (trained[0] / "log.jsonl").read_text()
+    for name in ("log.jsonl", "config.json"):              # flags that nothing was trained with are none of its settings
+        assert (run / name).read_text() == (trained[0] / name).read_text()
 
 
 def test_a_new_training_does_not_resume_an_older_one_of_its_name(trained, scenes_data, tmp_path, capsys):
@@ -205,6 +207,14 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(scenes_data, tmp_
     train(tmp_path, scenes_data, "--name", "x", "--resume")
     assert [line["step"] for line in log(tmp_path / "runs" / "x")] == list(range(5))
     assert (tmp_path / "runs" / "x" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("begun, says", [(False, "make room, then start again"), (True, "checkpoint is whole: make room, then --resume")])
+def test_a_full_disk_before_the_first_checkpoint_promises_none(tmp_path, begun, says):
+    if begun:
+        (tmp_path / "checkpoint.old").mkdir()
+    with pytest.raises(UserError, match=says), checkpoint.writing(tmp_path):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_a_loss_that_is_no_number_names_the_samples(trained, scenes_data, tmp_path, capsys):

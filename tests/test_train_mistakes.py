@@ -211,7 +211,8 @@ def cut(path, keep):
 
 
 DAMAGES = {
-    "weights missing": (lambda run: (run / "model.safetensors").unlink(), "no trained model there"),
+    "weights missing": (lambda run: (run / "model.safetensors").unlink(), "no trained model there .* --name run --resume"),
+    "nothing there": (lambda run: shutil.rmtree(run), "no trained model there .* run `python train.py` first"),
     "weights empty": (lambda run: cut(run / "model.safetensors", 0), "model.safetensors: not a whole safetensors file"),
     "weights cut in the header": (lambda run: cut(run / "model.safetensors", 100), "model.safetensors: not a whole safetensors file"),
     "weights cut at the end": (lambda run: cut(run / "model.safetensors", -1), "model.safetensors: not a whole safetensors file"),
