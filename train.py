@@ -200,7 +200,7 @@ def train(args: Args, world: World, folders, run: Path) -> None:
         if "clap" in stages:
             checkpoint.write_tensors(run / checkpoint.TEXT_TOWER, everything.text_tower.state_dict())
         checkpoint.save_run(run, everything.model, config, tokenizer, {"args": asdict(args) if lines else training_of(run)})
-    print(f"{run}: " + footer(everything, lines, time.time() - started, world))
+    print(f"{run}: " + (footer(everything, lines, time.time() - started, world) if lines else "all steps were done before, nothing was trained"))
     if args.evaluate:
         everything = None                                          # scoring needs its memory
         cli.return_freed_memory()

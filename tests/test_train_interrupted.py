@@ -66,10 +66,11 @@ def test_a_stage_ends_with_the_optimizer_that_it_began_with(trained, tmp_path, c
     assert "the checkpoint is another optimizer's" in capsys.readouterr().err
 
 
-def test_resuming_a_finished_run_changes_nothing(trained, scenes_data, tmp_path):
+def test_resuming_a_finished_run_changes_nothing(trained, scenes_data, tmp_path, capsys):
     """Nor does a batch matter that a stage behind it could not have taken."""
     run = shutil.copytree(trained[0], tmp_path / "runs" / "run")
     train(tmp_path, scenes_data, "--name", "run", "--resume", "--batch", 6)
+    assert "run: all steps were done before, nothing was trained" in capsys.readouterr().out
     before, after = (weights(r / "model.safetensors") for r in (trained[0], run))
     assert all(torch.equal(before[name], after[name]) for name in before)
     for name in ("log.jsonl", "config.json"):              # flags that nothing was trained with are none of its settings
