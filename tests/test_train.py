@@ -246,7 +246,7 @@ def one(folder, data, *flags):
     assert code == 0, printed
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "sft"])
+@pytest.mark.parametrize("stage", [pytest.param("pretrain", marks=pytest.mark.slow), "sft"])
 def test_sharded_processes_move_the_same_weights_by_the_same_amount(alone, scenes_data, tmp_path, stage):
     """FSDP2, float64: every weight of the stage (in sft every layer of the LM), no other; the run folder is a whole one."""
     flags = ["--init", alone, "--stage", stage, "--steps", 2]
