@@ -14,6 +14,7 @@ Recordings become mono 16-bit flac, named by their content, so that the same sou
 from __future__ import annotations
 
 import csv
+import functools
 import hashlib
 import io
 import json
@@ -159,10 +160,11 @@ def walk(root, *apart) -> Iterator[Path]:
 
 def _audio_files(source: Path, out: Path, report: Report) -> dict[str, Path]:
     """Readable name, relative to `source` with forward slashes -> file."""
+    prepared = functools.cache(lambda folder: (folder / manifest.CARD).is_file())
     found = {}
     for path in walk(source, out):
         name = readable(path.relative_to(source).as_posix())
-        if any((source / home / manifest.CARD).is_file() for home in path.relative_to(source).parents if home.name):
+        if any(prepared(source / home) for home in path.relative_to(source).parents if home.name):
             report.problems["inside of a prepared data set"].append(name)
         elif name in found:
             report.problems["a second file of this name (its letters stored in another way)"].append(name)
