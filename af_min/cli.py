@@ -124,7 +124,7 @@ def run(main) -> None:
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        sys.stderr.write(f"error: {error}\n")         # in one piece: torchrun's processes share it, unbuffered, where print writes the end apart
         sys.exit(2)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
@@ -135,10 +135,10 @@ def run(main) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
             raise
-        print(f"error: {error.filename or 'writing'}: {error.strerror}", file=sys.stderr)
+        sys.stderr.write(f"error: {error.filename or 'writing'}: {error.strerror}\n")
         sys.exit(2)
     except RuntimeError as error:
         if "closed by peer" not in str(error) and "reset by peer" not in str(error):                       # gloo's words
             raise
-        print("error: another process of this run has ended; what it said tells why", file=sys.stderr)
+        sys.stderr.write("error: another process of this run has ended; what it said tells why\n")
         sys.exit(2)

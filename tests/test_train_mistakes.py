@@ -270,3 +270,11 @@ def test_a_configuration_survives_the_way_to_disk_and_back(tmp_path, tokenizer):
         assert checkpoint.load_config(tmp_path / "run") == model
     assert Tokenizer.load(tmp_path / "run" / "tokenizer.model").model == tokenizer.model
     assert config.from_dict(Config, {}) == Config(), "what an older run does not say has its default"
+
+
+def test_an_error_is_written_in_one_piece():
+    """Processes of torchrun share stderr and do not buffer: in two pieces two lines became one."""
+    code = "import os, sys; from af_min import cli; sys.stderr.write = lambda piece: os.write(1, repr(piece).encode())\n" \
+           "def main(): raise cli.UserError('x: y')\ncli.run(main)"
+    done = subprocess.run([sys.executable, "-u", "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == repr("error: x: y\n")
