@@ -176,8 +176,7 @@ class LM(nn.Module):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
         self.norm = make_norm(config)
         self.head = None if config.tied_head else Linear(config.width, config.vocab_size, bias=False)
-        if not self.embed.weight.is_meta:              # there torch would compute with its compiler, and import it: pretrained_files.py
-            self.init_weights()
+        self.init_weights()
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -197,7 +196,7 @@ class LM(nn.Module):
                 module.bias.zero_()
         for layer in self.layers:
             if layer.attention.v.weight.shape == layer.attention.out.weight.T.shape:
-                layer.attention.out.weight.copy_(0.4 * layer.attention.v.weight.T)
+                layer.attention.out.weight.copy_(layer.attention.v.weight.T).mul_(0.4)
                 half = layer.attention.q.weight.shape[0] // 2
                 layer.attention.k.weight[:half] = layer.attention.q.weight[:half]
 
