@@ -32,9 +32,10 @@ from af_min import checkpoint, cli, text
 from af_min.answering import answer, grouped, read, score
 from af_min.audio_files import MIN_SECONDS, AudioError
 from af_min.cli import UserError, flag
+from af_min.engine import chosen_device
 from af_min.flamingo import AudioFlamingo, Sampling, State
 from af_min.manifest import HALF_LETTER
-from af_min.retrieval import Heard, Library, Place, chosen_device, hear
+from af_min.retrieval import Heard, Library, Place, hear
 from af_min.text import Sample, Tokenizer, write_sample
 
 DIALOGUE = 4096     # tokens after the first question (fewer if the model's positions end before): the cache is allocated for them at once

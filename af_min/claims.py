@@ -1,6 +1,6 @@
 """The paper's claims, measured on a family of small models.
 
-    OMP_NUM_THREADS=1 python -m af_min.evaluate --claims               an hour to an hour and a half on one core
+    OMP_NUM_THREADS=1 python -m af_min.evaluate --claims               99 minutes on one core of a busy machine
 
 The table stands in runs/claims/claims.txt from the first finished model on. What is finished is not trained again when the command
 is given again, what was interrupted goes on.

@@ -44,6 +44,13 @@ SMALL = 1 << 24          # weights; the products of a smaller model are too smal
 PEAK = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L40": 181e12, "4090": 165e12}   # bf16 FLOP/s, dense
 
 
+def chosen_device(asked: str) -> str:
+    """--device auto, cpu or cuda -> cpu or cuda. UserError for a GPU that is not there."""
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: no GPU is visible to torch; use --device cpu")
+    return "cuda" if asked != "cpu" and torch.cuda.is_available() else "cpu"
+
+
 @dataclass(frozen=True)
 class World:
     """The processes of this training: which one this is, how many there are, where this one computes."""

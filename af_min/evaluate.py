@@ -31,8 +31,9 @@ from tqdm import tqdm
 from . import checkpoint, cli, data, manifest, metrics, scores, text
 from .answering import Answerer
 from .cli import UserError, flag
+from .engine import chosen_device
 from .predictions import Predictions, header, predict, remembered
-from .retrieval import Library, chosen_device
+from .retrieval import Library
 from .scores import Measure
 
 

@@ -251,7 +251,7 @@ def stored_as(recording: audio.Recording) -> tuple[np.ndarray, str]:
 
 def _store(path: Path, folder: Path, sample_rate: int, report: Report, name: str) -> dict:
     """Check and convert one recording. AudioError says what is wrong with it."""
-    import soundfile
+    import soundfile                           # as late as in audio_files.py
     audio_files.inspect(path)
     recording = audio.load(path, sample_rate, max_seconds=MAX_SECONDS)
     if recording.silent:

@@ -36,7 +36,7 @@ import torch
 
 from . import audio, checkpoint, cli, data, manifest
 from .cli import UserError, flag
-from .engine import World
+from .engine import World, chosen_device
 from .flamingo import AudioFlamingo
 from .folder import MAX_SECONDS, stored_as
 from .stages import embed
@@ -64,13 +64,6 @@ class Heard:
     key: str                               # content: `store.recording_key`
     recording: audio.Recording
     windows_WD: np.ndarray                 # (W, D) float16, what a Store would hold
-
-
-def chosen_device(asked: str) -> str:
-    """--device auto, cpu or cuda -> cpu or cuda. UserError for a GPU that is not there."""
-    if asked == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: no GPU is visible to torch; use --device cpu")
-    return "cuda" if asked != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 def hear(model: AudioFlamingo, path, start: float = 0.0) -> Heard:

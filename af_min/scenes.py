@@ -119,7 +119,7 @@ class Writer:
 
     def save(self, name: str, wave: np.ndarray) -> dict:
         """Write a recording -> the beginning of the rows about it."""
-        import soundfile
+        import soundfile                             # as late as in audio_files.py
         file = io.BytesIO()                          # soundfile waits for the disk after every file that it writes itself
         soundfile.write(file, wave, RATE, format="WAV", subtype="PCM_16")
         (self.folder / "audio" / f"{name}.wav").write_bytes(file.getvalue())
